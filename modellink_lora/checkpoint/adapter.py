@@ -1,0 +1,141 @@
+"""The adapter checkpoint: full LoRA tensors by global name, with everything needed to merge or resume beside them.
+
+`iter_NNNNNNN/adapter.safetensors` holds `<global module>.lora_A` [r, in] and `.lora_B` [out, r] as if trained on one
+process; `adapter.json` holds what they mean. docs/formats.md describes every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modellink_lora.checkpoint.store import newest, replacing_file
+from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+
+FORMAT = 1
+TENSORS, META = "adapter.safetensors", "adapter.json"
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What `adapter.json` says."""
+
+    lora: LoraConfig  # targets in mcore names
+    model: ModelConfig  # of the base
+    base_fingerprint: str | None  # None: the base was random, or the adapter comes from elsewhere
+    iteration: int
+    prompt_type: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk. `read` streams one full tensor."""
+
+    folder: Path
+    meta: AdapterMeta
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def modules(self) -> list[str]:
+        """Global names of the adapted linears, e.g. `decoder.layers.0.mlp.linear_fc1`."""
+        return [name.removesuffix(".lora_A") for name in self.shapes if name.endswith(".lora_A")]
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self.folder / TENSORS, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta) -> None:
+    """Write both files into `folder`, each by rename."""
+    document = {"format": FORMAT, **dataclasses.asdict(meta)}
+    with replacing_file(folder / TENSORS) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    with replacing_file(folder / META) as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def open_adapter(root: Path, *, flag: str = "--lora-load") -> Adapter:
+    """The newest adapter below `root`. Raises UserError when there is none, or files are torn or contradict each other."""
+    folder = newest(root, flag=flag)
+    for name in (META, TENSORS):
+        if not (folder / name).is_file():
+            raise UserError(f"{flag} {root}: {folder.name} holds no {name}, so it is not an adapter of this program")
+    try:
+        document = json.loads((folder / META).read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / META}: not valid JSON ({error})") from None
+    if document.pop("format", None) != FORMAT:
+        raise UserError(f"{folder / META}: format is not {FORMAT}; it was written by another version of this program")
+    meta = AdapterMeta(
+        **{**document, "lora": LoraConfig(**document["lora"]), "model": ModelConfig(**document["model"])}
+    )
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{folder / TENSORS}: damaged or cut short ({error})") from None
+    adapter = Adapter(folder, meta, shapes)
+    for module in adapter.modules:
+        a, b, r = shapes[module + ".lora_A"], shapes.get(module + ".lora_B"), meta.lora.rank_of(module)
+        if b is None or a[0] != r or b[1] != r:
+            raise UserError(f"{folder / TENSORS}: {module} has lora_A {a} and lora_B {b}, {META} says rank {r}")
+    return adapter
+
+
+def check_flags(adapter: Adapter, given: Mapping[str, Any], *, flag: str = "--lora-load") -> None:
+    """Raise UserError when a hyper-parameter the user typed (LoraConfig field names) contradicts the adapter's own."""
+    for name, value in given.items():
+        stored = getattr(adapter.meta.lora, name)
+        same = set(stored) == set(value) if name == "target_modules" else stored == value
+        if name == "dtype" and stored is None:
+            continue
+        if not same:
+            spelling = name.replace("_", "-") if name.startswith("use") else "lora-" + name.replace("_", "-")
+            raise UserError(
+                f"--{spelling} {_show(value)} contradicts the adapter {flag} {adapter.folder}, "
+                f"which was trained with {_show(stored)}: remove the flag"
+            )
+
+
+def _show(value: Any) -> str:
+    return " ".join(value) if isinstance(value, (tuple, list)) else str(value)
+
+
+def base_fingerprint(config: ModelConfig, read: Callable[[str], Tensor]) -> str:
+    """Identity of a base model: its dimensions and a hash of sampled rows of full tensors.
+
+    Rows are hashed as bf16 and below `vocab_size`, so that layout, spelling, padding and a change of dtype keep it.
+
+    Args:
+        read: global Megatron name -> full tensor.
+    """
+    layers = sorted({0, config.num_layers // 2, config.num_layers - 1})
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+    for layer in layers:
+        prefix = f"decoder.layers.{layer}."
+        names += [prefix + n for n in ("self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
+                                       "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")]  # fmt: skip
+    digest = hashlib.sha256()
+    dims = (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.num_attention_heads,
+            config.num_query_groups, config.kv_channels, config.vocab_size)  # fmt: skip
+    digest.update(repr(dims).encode())
+    for name in names:
+        tensor = read(name)
+        rows = min(tensor.shape[0], config.vocab_size) if name.startswith("embedding") else tensor.shape[0]
+        picked = torch.linspace(0, rows - 1, min(rows, 16), dtype=torch.float64).long()
+        digest.update(name.encode())
+        digest.update(tensor[picked].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,29 @@
+"""The three dtypes of weights: their short names, and conversion that never overflows unnoticed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modellink_lora.config.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype, *, where: str) -> str:
+    """`fp32`, `bf16` or `fp16`. Raises UserError for quantised and other weights."""
+    for name, known in DTYPES.items():
+        if dtype == known:
+            return name
+    raise UserError(f"{where}: weights of dtype {dtype} are not supported; supported are float32, bfloat16, float16")
+
+
+def convert(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
+    """`tensor` in `dtype`. Raises UserError when a finite value becomes infinite (bf16 reaches 3e38, fp16 only 65504)."""
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(converted.isfinite(), tensor.isfinite()):
+        largest = tensor.abs().max().item()
+        raise UserError(f"{name}: the value {largest:.3g} does not fit --params-dtype fp16 (65504); use bf16 or fp32")
+    return converted

@@ -1,0 +1,113 @@
+"""The `args` Namespace of a rank file, to and from ModelConfig. Tensors win over args wherever both tell a size."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from modellink_lora.checkpoint.dtypes import DTYPES
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.parallel.partition import Partition
+
+# Set in files of this program: their args hold the whole ModelConfig. Elsewhere rope and norm settings may be mere
+# defaults of Megatron's parser, because ModelLink's converter did not read them from config.json.
+COMPLETE = "modellink_lora_format"
+_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+# Fields that a file of another program may have wrong; a flag replaces them instead of contradicting them.
+_UNRELIABLE = {
+    "rotary_base", "rope_scaling_type", "rope_scaling_factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by", "num_query_groups",
+    "add_qkv_bias", "qk_layernorm",
+}  # fmt: skip
+
+
+def model_config(
+    args: argparse.Namespace, sizes: Mapping[str, Any], flags: Mapping[str, Any], *, where: str
+) -> ModelConfig:
+    """The ModelConfig of a checkpoint.
+
+    Args:
+        args: of the rank file.
+        sizes: ModelConfig fields measured on the tensors.
+        flags: ModelConfig fields the user typed; one that contradicts the checkpoint raises UserError.
+    """
+    stored = {name: value for name in _FIELDS if (value := getattr(args, name, None)) is not None}
+    complete = hasattr(args, COMPLETE)
+    if not complete:
+        stored = _from_megatron(args, stored, where)
+        if isinstance(args.__dict__.get("num_layers"), int) and args.num_layers != sizes["num_layers"]:
+            raise UserError(f"{where}: args say {args.num_layers} layers, the files hold {sizes['num_layers']}")
+        stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
+    config = ModelConfig(**_typed({**stored, **sizes}, where))
+    rest = flags if complete else {name: value for name, value in flags.items() if name in sizes or name not in _UNRELIABLE}
+    return config.with_flags(dict(rest), where)
+
+
+def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str) -> dict[str, Any]:
+    """What Megatron's own spelling of `args` says, in ModelConfig fields."""
+    if getattr(args, "use_rotary_position_embeddings", False):
+        stored["position_embedding_type"] = "rope"
+    if getattr(args, "use_rope_scaling", False):
+        stored.setdefault("rope_scaling_type", "llama3")
+    if "layernorm_epsilon" in args and "norm_epsilon" not in args:
+        stored["norm_epsilon"] = args.layernorm_epsilon
+    if stored.get("rope_scaling_type") is None:
+        for name in ("rope_scaling_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            stored.pop(name, None)
+    elif stored["rope_scaling_type"] not in ("linear", "llama3"):
+        raise UserError(f"{where}: rope_scaling_type {stored['rope_scaling_type']!r} is not supported (linear, llama3)")
+    if getattr(args, "add_dense_bias", False):
+        raise UserError(f"{where}: was made with --add-dense-bias; biases outside q, k and v are not supported")
+    stored.pop("params_dtype", None)
+    stored.pop("vocab_size", None) if not isinstance(stored.get("vocab_size"), int) else None
+    return stored
+
+
+def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values in the field's own type; Megatron stores some floats as ints and the other way round."""
+    kinds = {field.name: str(field.type).split(" |")[0] for field in dataclasses.fields(ModelConfig)}
+    result = {}
+    for name, value in values.items():
+        kind = kinds[name]
+        if kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = int(value) if kind == "int" else float(value)
+        elif not isinstance(value, {"int": int, "float": float, "bool": bool, "str": str}[kind]):
+            raise UserError(f"{where}: args.{name} is {value!r}, expected a value of type {kind}")
+        result[name] = value
+    return result
+
+
+def namespace(
+    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int
+) -> argparse.Namespace:
+    """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides."""
+    uneven = len(set(partition.counts)) > 1
+    values = dataclasses.asdict(config) | {
+        COMPLETE: 1,
+        "params_dtype": dtype,
+        "bf16": dtype == DTYPES["bf16"],
+        "fp16": dtype == DTYPES["fp16"],
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": partition.stages,
+        "expert_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
+        "use_mcore_models": not legacy,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "use_rotary_position_embeddings": True,
+        "add_bias_linear": False,
+        "seq_length": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "tokenizer_type": "PretrainedFromHF",
+        "model_type": None,
+        "iteration": iteration,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return argparse.Namespace(**values)

@@ -1,0 +1,340 @@
+"""Megatron rank files, `mp_rank_TT[_PPP]/model_optim_rng.pt`: any layout and spelling in, full tensors out, and back.
+
+The same layout that Megatron-LM and ModelLink write, so that checkpoints travel both ways. Letters: t tensor parallel
+size, p pipeline stage. docs/formats.md describes every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modellink_lora.checkpoint import dtypes, megatron_args
+from modellink_lora.checkpoint.hf import copy_companions
+from modellink_lora.checkpoint.names import from_legacy, to_legacy
+from modellink_lora.checkpoint.store import iteration_folder, newest, read_tracker, replacing_folder, write_tracker
+from modellink_lora.checkpoint.unpickle import load_rank_file
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families import family_of
+from modellink_lora.models.family import Family, TensorSpec
+from modellink_lora.models.shapes import full_shape
+from modellink_lora.parallel.partition import Partition
+
+FILE = "model_optim_rng.pt"
+HF_FILES = "hf"  # folder below the checkpoint's root with config.json and tokenizer of the source model
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+Spelling = Literal["mcore", "legacy"]
+_DERIVED = re.compile(r"(_extra_state|inv_freq)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class RankFiles:
+    """An opened checkpoint. Tensors stay on disk until read."""
+
+    root: Path
+    folder: Path
+    iteration: int | str
+    args: argparse.Namespace
+    config: ModelConfig
+    tp: int
+    partition: Partition
+    spelling: Spelling
+    dtype: torch.dtype
+    _shards: Mapping[tuple[int, int], Mapping[str, Tensor]]  # (tp rank, stage) -> global name -> shard
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.config.hf_model_type)
+
+    def names(self) -> list[str]:
+        """Global mcore names of the model's tensors; the last stage's copy of a tied embedding is not one."""
+        return [spec.name for spec in self.family.tensors(self.config)]
+
+    def read(self, name: str) -> Tensor:
+        """The full tensor, vocabulary padded as in the file."""
+        spec, shards = self._find(name)
+        return spec.layout.gather(shards)
+
+    def read_shard(self, name: str, rank: int, size: int) -> Tensor:
+        """Shard `rank` of `size`, whatever the checkpoint's own tensor parallel size."""
+        spec, shards = self._find(name)
+        return shards[rank] if size == self.tp else spec.layout.shard(spec.layout.gather(shards), rank, size)
+
+    def _find(self, name: str) -> tuple[TensorSpec, list[Tensor]]:
+        spec = self.family.tensor(name, self.config)
+        stage = next(p for p in range(self.partition.stages) if self.partition.holds(name, p))
+        return spec, [self._shards[rank, stage][name] for rank in range(self.tp)]
+
+
+def open_rank_files(
+    root: Path, *, flag: str = "--load", model_flags: Mapping[str, Any] | None = None
+) -> RankFiles:
+    """Open the newest checkpoint below `root`.
+
+    Sizes, layout, spelling and dtype are taken from the tensors themselves, the rest from the stored args.
+
+    Args:
+        flag: the flag `root` was given by, for messages.
+        model_flags: ModelConfig fields the user typed.
+    Raises:
+        UserError: no checkpoint, files missing, damaged or unsafe, tensors missing or left over, a flag contradicts it.
+    """
+    folder = newest(root, flag=flag)
+    files = _load_all(folder, flag)
+    tp, stages = max(rank for rank, _ in files) + 1, max(stage for _, stage in files) + 1
+    args = files[0, 0].get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise UserError(f"{_file(folder, 0, 0, stages)}: holds no args, so the model's dimensions are unknown")
+    first = _model(files[0, 0], folder)
+    spelling: Spelling = "legacy" if "language_model" in first else "mcore"
+    local = {key: dict(_flatten(_model(file, folder), spelling, folder)) for key, file in files.items()}
+    partition = Partition(tuple(_count_layers(local[0, stage]) for stage in range(stages)))
+    shards = {
+        (rank, stage): {partition.to_global(name, stage): tensor for name, tensor in tensors.items()}
+        for (rank, stage), tensors in local.items()
+    }
+    _check_args_layout(args, tp, stages, folder)
+    _check_tied_copy(args, shards, tp, stages, folder)
+    sizes = _measure(args, shards, tp, partition, folder)
+    config = megatron_args.model_config(args, sizes, model_flags or {}, where=f"{flag} {root}")
+    result = RankFiles(
+        root, folder, read_tracker(root, flag=flag), args, config, tp, partition, spelling,
+        shards[0, 0][EMBEDDING].dtype, shards,
+    )  # fmt: skip
+    _check_tensors(result)
+    return result
+
+
+def write_rank_files(
+    root: Path,
+    *,
+    config: ModelConfig,
+    tp: int,
+    partition: Partition,
+    spelling: Spelling,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    iteration: int | str = 1,
+    hf_files: Path | None = None,
+) -> Path:
+    """Write a checkpoint, one rank file in memory at a time, and point the tracker at it when all is there.
+
+    Args:
+        read: global mcore name -> full tensor, vocabulary padded to `config.padded_vocab_size`.
+        hf_files: model folder whose config and tokenizer files are kept in `<root>/hf`.
+    Returns:
+        The folder of the iteration.
+    """
+    family = family_of(config.hf_model_type)
+    specs = list(family.tensors(config))
+    tied_copy = not config.untie_embeddings_and_output_weights and partition.stages > 1
+    number = iteration if isinstance(iteration, int) else 0
+    args = megatron_args.namespace(
+        config, tp=tp, partition=partition, legacy=spelling == "legacy", dtype=dtype, iteration=number
+    )
+    target = iteration_folder(root, iteration)
+    total = tp * (len(specs) + tied_copy)
+    with replacing_folder(target) as temporary, tqdm(total=total, desc=f"writing {target}", unit="tensor") as bar:
+        for stage in range(partition.stages):
+            held = [(spec, spec.name) for spec in specs if partition.holds(spec.name, stage)]
+            if tied_copy and stage == partition.stages - 1:
+                held.append((family.tensor(EMBEDDING, config), HEAD))
+            for rank in range(tp):
+                model: dict[str, Any] = {}
+                for spec, name in held:
+                    full = dtypes.convert(read(spec.name), dtype, name=spec.name)
+                    assert tuple(full.shape) == full_shape(spec.name, config), (spec.name, full.shape)
+                    # clone: a view would drag its whole storage into the file
+                    shard = spec.layout.shard(full, rank, tp).clone(memory_format=torch.contiguous_format)
+                    _put(model, partition.to_local(name, stage), shard, spelling, tied=tied_copy)
+                    bar.update()
+                path = _file(temporary, rank, stage, partition.stages)
+                path.parent.mkdir()
+                torch.save({"args": args, "checkpoint_version": 3.0, "iteration": number, "model": model}, path)
+    if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
+        with replacing_folder(root / HF_FILES) as temporary:
+            copy_companions(hf_files, temporary)
+    write_tracker(root, iteration)
+    return target
+
+
+def _put(model: dict[str, Any], name: str, tensor: Tensor, spelling: Spelling, *, tied: bool) -> None:
+    path = (name,) if spelling == "mcore" else to_legacy(name, tied=tied)
+    for key in path[:-1]:
+        model = model.setdefault(key, {})
+    model[path[-1]] = tensor
+
+
+def _file(folder: Path, rank: int, stage: int, stages: int) -> Path:
+    return folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")) / FILE
+
+
+def _load_all(folder: Path, flag: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Every rank file by (tp rank, stage). Raises UserError when the set of folders has holes."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?", path.name)
+        if not match:
+            raise UserError(f"{path}: unexpected folder name; expected mp_rank_TT or mp_rank_TT_PPP")
+        if match.group(3):
+            raise UserError(f"{path}: expert-parallel checkpoints are not supported in this version")
+        found[int(match.group(1)), int(match.group(2) or 0)] = path / FILE
+    if not found:
+        hint = "a torch_dist checkpoint is not read by this version" if (folder / ".metadata").exists() else "empty"
+        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders ({hint})")
+    tp, stages = max(rank for rank, _ in found) + 1, max(stage for _, stage in found) + 1
+    for rank in range(tp):
+        for stage in range(stages):
+            if (rank, stage) not in found or not found[rank, stage].is_file():
+                missing = found.get((rank, stage), _file(folder, rank, stage, stages))
+                raise UserError(f"{missing} is missing: {folder} should hold {tp} x {stages} rank files (TP x PP)")
+    return {key: load_rank_file(path) for key, path in found.items()}
+
+
+def _model(file: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "model0" in file:
+        raise UserError(f"{folder}: is laid out for virtual pipeline stages (model0, model1, ...): not in this version")
+    if not isinstance(file.get("model"), dict):
+        raise UserError(f"{folder}: a rank file holds no model, only {', '.join(map(str, file))}")
+    return file["model"]
+
+
+def _flatten(model: Mapping[str, Any], spelling: Spelling, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(local mcore name, tensor) of one rank file; derived buffers left out, anything unknown refused."""
+    for path, value in _leaves(model, ()):
+        name = ".".join(path)
+        if _DERIVED.search(name):
+            continue
+        if ".base_layer." in name or ".lora_A." in name or ".lora_B." in name:
+            raise UserError(
+                f"{folder}: contains LoRA tensors ({name}): base checkpoints with an adapter inside are not read in this "
+                "version; merge it with the program that wrote it"
+            )
+        if not isinstance(value, Tensor):
+            raise UserError(f"{folder}: {name} is a {type(value).__name__}, expected a tensor")
+        if spelling == "legacy":
+            try:
+                name = from_legacy(path)
+            except (KeyError, ValueError):
+                raise UserError(f"{folder}: tensor {name} belongs to no supported model") from None
+        yield name, value
+
+
+def _leaves(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value
+
+
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    indices = {int(match.group(1)) for name in tensors if (match := re.match(r"decoder\.layers\.(\d+)\.", name))}
+    return max(indices, default=-1) + 1
+
+
+def _check_args_layout(args: argparse.Namespace, tp: int, stages: int, folder: Path) -> None:
+    for name, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", stages)):
+        said = getattr(args, name, found)
+        if said != found:
+            raise UserError(f"{folder}: args say {name} {said}, the rank folders make it {found}: files are missing or mixed")
+    if (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or getattr(args, "num_experts", None):
+        raise UserError(f"{folder}: is a mixture-of-experts checkpoint: not supported in this version")
+
+
+def _check_tied_copy(
+    args: argparse.Namespace, shards: dict[tuple[int, int], dict[str, Tensor]], tp: int, stages: int, folder: Path
+) -> None:
+    """Drop the last stage's copy of a tied embedding after comparing it; decide tiedness where args are silent."""
+    has_head = HEAD in shards[0, stages - 1]
+    if not hasattr(args, "untie_embeddings_and_output_weights"):
+        args.untie_embeddings_and_output_weights = has_head and not _same_head(shards, 0, stages)
+    if args.untie_embeddings_and_output_weights or not has_head:
+        return
+    for rank in range(tp):
+        if not _same_head(shards, rank, stages):
+            raise UserError(
+                f"{folder}: args say the output layer is tied to the embedding, but the two differ on tensor-parallel "
+                f"rank {rank}"
+            )
+        del shards[rank, stages - 1][HEAD]
+
+
+def _same_head(shards: Mapping[tuple[int, int], Mapping[str, Tensor]], rank: int, stages: int) -> bool:
+    embedding = shards[rank, 0].get(EMBEDDING)
+    return embedding is not None and torch.equal(shards[rank, stages - 1][HEAD], embedding)
+
+
+def _measure(
+    args: argparse.Namespace,
+    shards: Mapping[tuple[int, int], Mapping[str, Tensor]],
+    tp: int,
+    partition: Partition,
+    folder: Path,
+) -> dict[str, Any]:
+    """ModelConfig fields that the tensors tell by themselves."""
+    tensors = shards[0, 0]
+    layer = "decoder.layers.0."
+    need = {
+        "embedding": EMBEDDING, "qkv": layer + "self_attention.linear_qkv.weight",
+        "proj": layer + "self_attention.linear_proj.weight", "fc1": layer + "mlp.linear_fc1.weight",
+        "fc2": layer + "mlp.linear_fc2.weight",
+    }  # fmt: skip
+    if missing := [name for name in need.values() if name not in tensors]:
+        raise UserError(f"{folder}: lacks {missing[0]}, so it does not hold a whole model")
+    embedding, qkv, proj, fc1, fc2 = (tuple(tensors[name].shape) for name in need.values())
+    heads = getattr(args, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or proj[1] * tp % heads:
+        raise UserError(f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs")
+    head_dim = proj[1] * tp // heads
+    fields = {
+        "num_layers": sum(partition.counts),
+        "hidden_size": embedding[1],
+        "padded_vocab_size": embedding[0] * tp,
+        "kv_channels": head_dim,
+        "num_query_groups": (qkv[0] * tp // head_dim - heads) // 2,
+        "ffn_hidden_size": fc2[1] * tp,
+        "swiglu": fc1[0] == 2 * fc2[1],
+        "add_qkv_bias": layer + "self_attention.linear_qkv.bias" in tensors,
+        "qk_layernorm": layer + "self_attention.q_layernorm.weight" in tensors,
+        "params_dtype": dtypes.dtype_name(tensors[EMBEDDING].dtype, where=str(folder)),
+    }
+    if not isinstance(getattr(args, "vocab_size", None), int):
+        fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
+    if not hasattr(args, "hf_model_type"):
+        fields["hf_model_type"] = (
+            "qwen3" if fields["qk_layernorm"] else "qwen2" if fields["add_qkv_bias"] else "llama"
+        )
+    return fields
+
+
+def _check_tensors(files: RankFiles) -> None:
+    """Every tensor of the family is on its stage in the right shape, on every rank, and nothing is left over."""
+    specs = {spec.name: spec for spec in files.family.tensors(files.config)}
+    for (rank, stage), tensors in files._shards.items():
+        where = _file(files.folder, rank, stage, files.partition.stages)
+        expected = {name for name in specs if files.partition.holds(name, stage)}
+        if missing := sorted(expected - tensors.keys()):
+            raise UserError(f"{where}: lacks {len(missing)} tensors, e.g. {missing[0]}")
+        if extra := sorted(tensors.keys() - expected):
+            raise UserError(f"{where}: holds {len(extra)} tensors that the model does not have, e.g. {extra[0]}")
+        for name in expected:
+            full = torch.empty(full_shape(name, files.config), device="meta")
+            try:
+                shape = tuple(specs[name].layout.shard(full, rank, files.tp).shape)
+            except ValueError:
+                shape = ()
+            if tuple(tensors[name].shape) != shape:
+                raise UserError(
+                    f"{where}: {name} has shape {tuple(tensors[name].shape)}, the model's dimensions make it {shape} "
+                    f"at TP {files.tp}"
+                )

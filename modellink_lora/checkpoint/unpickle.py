@@ -1,0 +1,112 @@
+"""Reading Megatron's pickled rank files without running what is in them: only what is listed here is ever constructed."""
+
+from __future__ import annotations
+
+import pickle
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from modellink_lora.config.errors import UserError
+
+
+class Inert:
+    """Stands in for an object of a library that is not needed to read weights; it holds nothing and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _rebuild_npu_tensor(
+    storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, npu_info: Any = None
+) -> torch.Tensor:
+    """What torch_npu stores for a tensor of an Ascend device: a torch tensor plus the chip's memory format."""
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+
+
+def _numpy_internal(name: str) -> Any:
+    # numpy 1 and 2 keep these two functions in modules of different names
+    return getattr(np.core.multiarray if int(np.__version__.split(".")[0]) < 2 else np._core.multiarray, name)
+
+
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("argparse", "Namespace"): Namespace,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): Inert,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    **{(f"numpy.{core}.multiarray", name): _numpy_internal(name)
+       for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+    **{("builtins", t.__name__): t for t in (set, frozenset, complex, bytearray, slice, list, dict, tuple, int, float,
+                                             bool, str, bytes)},
+}  # fmt: skip
+# Members of args or of optimizer state that come from these libraries are of no use here.
+_INERT_LIBRARIES = (
+    "megatron", "modellink", "mindspeed", "mindspeed_llm", "ascendspeed", "torch_npu", "transformer_engine", "apex",
+    "signal", "pathlib",
+)  # fmt: skip
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """pickle.Unpickler with an allow-list."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # pickle protocol 2, which torch.save writes
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.split(".")[0] == "torch_npu" and name == "_rebuild_npu_tensor":
+            return _rebuild_npu_tensor
+        if module == "_codecs" and name == "encode":
+            return _encode_latin1
+        if module.split(".")[0] in _INERT_LIBRARIES:
+            return Inert
+        raise UserError(f"contains {module}.{name}, which weights do not need: the file is refused unread")
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """numpy spells bytes as _codecs.encode(text, 'latin1'); other codecs have no business here."""
+    if encoding != "latin1":
+        raise UserError(f"contains _codecs.encode with {encoding!r}, which weights do not need: the file is refused")
+    return text.encode("latin1")
+
+
+# What torch.load expects of a pickle module; it looks at the name as well.
+_PICKLE_MODULE = SimpleNamespace(
+    __name__=__name__,
+    Unpickler=RestrictedUnpickler,
+    load=lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load(),
+)
+
+
+def load_rank_file(path: Path) -> dict[str, Any]:
+    """The top-level dictionary of a `model_optim_rng.pt`, tensors mapped from disk.
+
+    Raises UserError when the file is damaged or contains anything that is not on the allow-list.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        document = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE_MODULE)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # noqa: BLE001  torch and pickle raise a dozen types for a bad file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged, cut short or not a checkpoint ({reason})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds a {type(document).__name__}, expected the dictionary of a Megatron checkpoint")
+    return document

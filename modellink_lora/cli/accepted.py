@@ -1,0 +1,98 @@
+"""Megatron and ModelLink training flags that no config field owns: those taken without effect, those refused.
+
+A flag belongs to ACCEPTED only while leaving it out cannot change what is computed: it chooses a kernel, a schedule of
+communication or a place in memory. Everything else that this version does not do is in REFUSED, with the way out.
+"""
+
+from __future__ import annotations
+
+from modellink_lora.cli.flags import Accepted, only
+
+_FUSED = "this version computes it with PyTorch's own operations, which give the same result"
+_SWITCHES = {
+    "use-flash-attn": "attention always runs through PyTorch's scaled_dot_product_attention, which picks the kernel",
+    "attention-softmax-in-fp32": "the attention kernels keep the softmax in fp32 in any case",
+    "use-fused-rmsnorm": _FUSED,
+    "use-fused-swiglu": _FUSED,
+    "use-fused-rotary-pos-emb": _FUSED,
+    "no-rope-fusion": _FUSED,
+    "no-bias-gelu-fusion": _FUSED,
+    "no-bias-swiglu-fusion": _FUSED,
+    "no-bias-dropout-fusion": _FUSED,
+    "no-masked-softmax-fusion": _FUSED,
+    "no-gradient-accumulation-fusion": "gradients are not accumulated inside the matrix kernel here",
+    "lora-fusion": "the plain LoRA path runs; the fused one equals it by definition and only hides communication",
+    "use-mc2": "a speed switch of Ascend kernels",
+    "jit-compile": "a speed switch of Ascend kernels",
+    "no-async-tensor-model-parallel-allreduce": "it moves a reduction in time, not in value",
+    "swap-attention": "it moves activations to host memory; the --recompute flags save memory",
+    "reuse-fp32-param": "it restores the fp32 weights bit by bit from bf16 and a residual; here both are kept",
+    "use-distributed-optimizer": "the plain data-parallel optimizer runs; the result is the same",
+    "overlap-grad-reduce": "gradients are reduced after the backward pass; the result is the same",
+    "overlap-param-gather": "every process keeps all its weights, nothing has to be gathered; the result is the same",
+    "group-query-attention": "--num-query-groups or the checkpoint says how many groups there are",
+    "disable-bias-linear": "no model of this version has biases on its linear layers, except --add-qkv-bias",
+    "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",
+    "exit-on-missing-checkpoint": "a --load or --lora-load that holds no checkpoint always ends the run",
+}
+_WITH_VALUE = {
+    "tokenizer-model": Accepted(1, "the tokenizer is read from --tokenizer-name-or-path"),
+    "num-workers": Accepted(1, "batches are assembled in the training process; only loading speed differs"),
+    "local-rank": Accepted(1, "the launcher also says it in the environment, which is read"),
+    "local_rank": Accepted(1, "the launcher also says it in the environment, which is read"),
+    "distributed-backend": Accepted(1, "the device decides: nccl on CUDA, hccl on Ascend, gloo on the CPU"),
+    "context-parallel-algo": Accepted(1, "it chooses how --context-parallel-size above 1 communicates"),
+    "lora-register-forward-hook": Accepted(
+        "+", "under recomputation the first input requires a gradient whenever adapters are trained"
+    ),
+    "tokenizer-padding-side": only("right", "samples are padded on the right, the only side training supports"),
+    "context-parallel-size": only(
+        1, "context parallelism is not available; use --sequence-parallel and a larger --tensor-model-parallel-size"
+    ),
+    "expert-model-parallel-size": only(
+        1, "mixture-of-experts models are not available, so there are no experts to split"
+    ),
+    "transformer-impl": only("local", "the layers are megatron-core's local ones; remove the flag"),
+    "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
+    "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
+}
+
+ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
+
+_NO_EXPERTS = "mixture-of-experts models are not available in this version; use a dense model"
+_NO_SUCH_FAMILY = "no model family of this version has it (they are Llama-like: RMSNorm, SwiGLU, rotary positions)"
+
+REFUSED: dict[str, str] = {
+    "num-experts": _NO_EXPERTS,
+    "moe-router-topk": _NO_EXPERTS,
+    "moe-router-load-balancing-type": _NO_EXPERTS,
+    "moe-aux-loss-coeff": _NO_EXPERTS,
+    "moe-token-dispatcher-type": _NO_EXPERTS,
+    "moe-permutation-async-comm": _NO_EXPERTS,
+    "moe-grouped-gemm": _NO_EXPERTS,
+    "num-layers-per-virtual-pipeline-stage": (
+        "interleaved pipeline stages are not available; use --pipeline-model-parallel-size, with --num-layer-list "
+        "where the stages should differ"
+    ),
+    "reset-position-ids": (
+        "training on packed samples with positions that restart is not available; preprocess without --pack and use "
+        "--variable-seq-lengths"
+    ),
+    "is-pairwise-dataset": "preference training (DPO, reward models) is not available; use an instruction data set",
+    "lora-modules-to-save": (
+        "training further modules in full beside the adapter is not available; train without it, or all weights by "
+        "leaving out --lora-target-modules"
+    ),
+    "tokenizer-kwargs": "set the option in tokenizer_config.json of the folder given to --tokenizer-name-or-path",
+    "load-checkpoint-loosely": (
+        "a tensor that is missing from a checkpoint, or unknown, always ends the run; convert the checkpoint with "
+        "convert_ckpt.py, or correct the model flags"
+    ),
+    "add-dense-bias": _NO_SUCH_FAMILY,
+    "add-rmsnorm-offset": _NO_SUCH_FAMILY,
+    "input-embeds-norm": _NO_SUCH_FAMILY,
+    "geglu": _NO_SUCH_FAMILY,
+    "scale-emb": _NO_SUCH_FAMILY,
+    "dim-model-base": _NO_SUCH_FAMILY,
+    "scale-depth": _NO_SUCH_FAMILY,
+}

@@ -1,0 +1,82 @@
+"""What the launcher (torchrun, or nobody) says about this process, and the environment defaults a run needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from modellink_lora.config.errors import UserError
+
+_DEVICE_VARIABLE = "MODELLINK_DEVICE"
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process among those that were started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+    device: str = "auto"
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] | None = None) -> Launch:
+        """The facts in `environment` (default os.environ). Without torchrun: one process and a free port."""
+        environment = os.environ if environment is None else environment
+        device = environment.get(_DEVICE_VARIABLE) or "auto"
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return Launch(master_port=_free_port(), device=device)
+        absent = [name for name in _TORCHRUN_VARIABLES if name not in environment]
+        if absent:
+            raise UserError(
+                f"{', '.join(absent)} not set while RANK or WORLD_SIZE is: start all processes with torchrun"
+            )
+        rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        if not 0 <= rank < world_size:
+            raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}: start all processes with torchrun")
+        return Launch(
+            rank=rank,
+            world_size=world_size,
+            local_rank=_number(environment, "LOCAL_RANK", rank),
+            local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size),
+            master_address=environment["MASTER_ADDR"],
+            master_port=_number(environment, "MASTER_PORT"),
+            device=device,
+        )
+
+
+def set_environment_defaults(device: str) -> None:
+    """Set what kernels read from the environment, where the user has not. Call before the device is first used."""
+    if device == "cuda":
+        # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
+        # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if device == "cpu":
+        # gloo runs one process per rank on the same cores; each would otherwise start a thread for every core
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise UserError(f"{name}={text!r} in the environment is not a whole number") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,70 @@
+"""The `modellink-lora` command: picks the job, and turns what users can mend into one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from modellink_lora import __version__
+from modellink_lora.config.errors import UserError
+
+JOBS = {
+    "preprocess": "turn conversations into token files",
+    "train": "fine-tune with LoRA, or all weights",
+    "convert": "translate, reshard and merge checkpoints",
+    "logits": "print the next-token logits of a checkpoint, to compare two of them",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_listing())
+        return 0
+    if words[0] == "--version":
+        print(f"modellink_lora {__version__}")
+        return 0
+    if words[0] not in JOBS:
+        print(f"modellink-lora: error: no job {words[0]!r}; choose {', '.join(JOBS)}", file=sys.stderr)
+        return 2
+    # imported by name only now: one job must not wait for, or need, the libraries of another
+    job = import_module(f"modellink_lora.cli.{words[0]}")
+    return run(lambda: job.main(words[1:]))
+
+
+def run(job: Callable[[], int | None]) -> int:
+    """The exit status of `job`: 1 after one line for an error of the user, 130 after Ctrl-C."""
+    try:
+        return job() or 0
+    except UserError as error:
+        print(f"{_rank_prefix()}error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{_rank_prefix()}stopped", file=sys.stderr)
+        return 130
+
+
+def _rank_prefix() -> str:
+    """Names the process when it is not the first, whose lines are the ones people read."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[rank {rank}] "
+
+
+def _listing() -> str:
+    width = max(map(len, JOBS))
+    lines = [f"  {name:{width}}  {purpose}" for name, purpose in JOBS.items()]
+    return "\n".join(
+        [
+            f"modellink-lora {__version__}: LoRA fine-tuning on Megatron-style parallelism",
+            "",
+            "usage: modellink-lora JOB [--flag value ...]",
+            "",
+            *lines,
+            "",
+            "modellink-lora JOB --help shows the flags of a job.",
+            "Several processes: torchrun --nproc-per-node N -m modellink_lora train ...",
+        ]
+    )

@@ -1,0 +1,144 @@
+"""Everything a fine-tuning run is told besides model, layout and adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.flag import flag
+
+DECAY_STYLES = ("linear", "cosine", "constant", "inverse-square-root")
+
+
+@dataclass(frozen=True)
+class SftDataConfig:
+    """Instruction data"""
+
+    data_path: tuple[str, ...] = flag((), "prefix given to preprocess_data.py --output-prefix")
+    split: str = flag("969, 30, 1", "proportions of training, validation and test samples")
+    seq_length: int = flag(0, "longest sample in tokens; longer ones are cut on the right")
+    tokenizer_type: str = flag("PretrainedFromHF", "kind of tokenizer", choices=("PretrainedFromHF",))
+    tokenizer_name_or_path: str | None = flag(None, "folder of the Hugging Face tokenizer; default the one kept with --load")
+    use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
+    is_instruction_dataset: bool = flag(False, "the data are instruction sets; implied")
+    variable_seq_lengths: bool = flag(False, "pad to the longest sample of a micro-batch instead of --seq-length")
+    pad_to_multiple_of: int = flag(8, "with --variable-seq-lengths: round padded lengths up to this multiple")
+    shuffle: bool = flag(True, "keep the order of the file", name="no-shuffle", inverted=True)
+    full_shuffle_instruction_dataset: bool = flag(False, "shuffle across epochs instead of within each")
+    prompt_type: str | None = flag(None, "template the data were made with; compared with the data's own record")
+
+    def __post_init__(self) -> None:
+        if not self.data_path:
+            raise UserError("--data-path is missing: give the prefix that preprocess_data.py wrote, e.g. ./data/alpaca")
+        if len(self.data_path) > 1:
+            raise UserError(f"--data-path takes one prefix, {len(self.data_path)} were given; blending is not offered")
+        if self.seq_length < 2:
+            raise UserError("--seq-length is missing: give the longest sample length in tokens")
+        if self.pad_to_multiple_of < 1:
+            raise UserError(f"--pad-to-multiple-of {self.pad_to_multiple_of}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training"""
+
+    stage: str = flag("sft", "what is trained", choices=("sft", "dpo", "rm"))
+    load: str | None = flag(None, "base checkpoint; absent means random weights")
+    lora_load: str | None = flag(None, "adapter to resume, or with --finetune to start from")
+    save: str | None = flag(None, "folder for adapter checkpoints, metrics.jsonl and loss.png")
+    save_interval: int = flag(0, "iterations between saves; 0 saves at the end only")
+    finetune: bool = flag(False, "start at iteration 0 with fresh optimizer and schedule")
+    no_load_optim: bool = flag(False, "do not load optimizer state")
+    no_load_rng: bool = flag(False, "do not load random states")
+    use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
+
+    micro_batch_size: int = flag(1, "samples a process handles at once")
+    global_batch_size: int = flag(0, "samples of one step over all processes; default micro batch x data parallel size")
+    train_iters: int = flag(0, "steps to train")
+    exit_interval: int = flag(0, "save and stop after an iteration that this divides; 0 for never")
+    loss_reduction: str = flag(
+        "micro-batch",
+        "mean of micro-batch means, or weighted by trained tokens",
+        choices=("micro-batch", "token"),
+    )
+    lr: float = flag(0.0, "highest learning rate")
+    min_lr: float = flag(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = flag("linear", "shape of the decay", choices=DECAY_STYLES)
+    lr_decay_iters: int | None = flag(None, "steps of the decay; default --train-iters")
+    lr_warmup_fraction: float | None = flag(None, "part of the decay steps that warm up")
+    lr_warmup_iters: int = flag(0, "steps that warm up")
+    lr_warmup_init: float = flag(0.0, "learning rate at the first step of the warm-up")
+    weight_decay: float = flag(0.01, "decoupled weight decay of both LoRA factors")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+    adam_beta1: float = flag(0.9, "AdamW beta1")
+    adam_beta2: float = flag(0.999, "AdamW beta2")
+    adam_eps: float = flag(1e-8, "AdamW epsilon")
+    bf16: bool = flag(False, "weights and activations in bf16; gradients and masters in fp32")
+    fp16: bool = flag(False, "weights and activations in fp16 with dynamic loss scale")
+    loss_scale: float | None = flag(None, "constant loss scale of fp16")
+    initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale of fp16")
+    min_loss_scale: float = flag(1.0, "smallest dynamic loss scale of fp16")
+    loss_scale_window: int = flag(1000, "good steps after which the dynamic loss scale doubles")
+    check_nan: bool = flag(
+        True, "go on after a loss that is not finite", name="no-check-for-nan-in-loss-and-grad", inverted=True
+    )
+    recompute_granularity: str | None = flag(
+        None, "recompute activations in backward", choices=("full", "selective")
+    )
+    recompute_method: str | None = flag(None, "which layers a full recompute takes", choices=("uniform", "block"))
+    recompute_num_layers: int | None = flag(None, "layers per checkpoint (uniform) or checkpointed layers (block)")
+    seed: int = flag(1234, "seed of adapters, data order and dropout")
+    deterministic: bool = flag(False, "only deterministic kernels", name="use-deter-comp", aliases=("deterministic-mode",))
+
+    log_interval: int = flag(100, "steps between log lines")
+    log_throughput: bool = flag(False, "add TFLOP/s to the log line")
+    eval_interval: int = flag(1000, "steps between validations")
+    eval_iters: int = flag(100, "batches of one validation; 0 for none")
+    tensorboard_dir: str | None = flag(None, "folder for TensorBoard scalars")
+    device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
+    distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
+
+    def __post_init__(self) -> None:
+        if self.stage != "sft":
+            raise UserError(f"--stage {self.stage} is not offered: this program fine-tunes on instructions (--stage sft)")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 exclude each other: choose one")
+        for name, low in (("micro_batch_size", 1), ("train_iters", 1), ("log_interval", 1), ("eval_interval", 1),
+                          ("eval_iters", 0), ("exit_interval", 0), ("save_interval", 0), ("global_batch_size", 0)):  # fmt: skip
+            if getattr(self, name) < low:
+                spelling = "--" + name.replace("_", "-")
+                hint = " is missing or too small" if name == "train_iters" else ""
+                raise UserError(f"{spelling} {getattr(self, name)}{hint}: must be at least {low}")
+        if self.lr <= 0:
+            raise UserError(f"--lr {self.lr}: give a positive learning rate")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
+        if self.lr_warmup_fraction is not None:
+            if self.lr_warmup_iters:
+                raise UserError("--lr-warmup-fraction and --lr-warmup-iters exclude each other: choose one")
+            if not 0 <= self.lr_warmup_fraction < 1:
+                raise UserError(f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1")
+        if self.lr_warmup_iters >= (self.lr_decay_iters or self.train_iters):
+            raise UserError(f"--lr-warmup-iters {self.lr_warmup_iters} must be below the decay's number of steps")
+        if self.clip_grad < 0 or self.weight_decay < 0:
+            raise UserError("--clip-grad and --weight-decay must not be negative")
+        if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):
+            raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
+        if self.recompute_granularity != "full" and self.recompute_method is not None:
+            raise UserError("--recompute-method needs --recompute-granularity full")
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of weights and activations: fp32 unless a flag says otherwise."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def batch_size(self, data_parallel_size: int) -> int:
+        """Samples of one step. Raises UserError when micro batch and replicas do not divide it."""
+        block = self.micro_batch_size * data_parallel_size
+        size = self.global_batch_size or block
+        if size % block:
+            raise UserError(
+                f"--global-batch-size {size} is not a multiple of --micro-batch-size {self.micro_batch_size} x "
+                f"{data_parallel_size} data-parallel replicas = {block}"
+            )
+        return size

@@ -1,0 +1,78 @@
+"""Loading a Hugging Face tokenizer from a local folder and fitting its end-of-sequence token to a template."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.data.templates import get_template
+
+_FALLBACK_EOS = "<|endoftext|>"
+# sequence lengths are checked where samples are made; the tokenizer's own limit only warns
+_NO_LIMIT = 10**9
+
+
+def load_tokenizer(path: str | Path, *, prompt_type: str | None = None, use_fast: bool = True) -> Any:
+    """The tokenizer in folder `path` with an eos and a pad token, and the eos token the template asks for.
+
+    Nothing is downloaded and no token is added: ids beyond the model's embedding cannot arise. Raises UserError for a
+    missing folder and for a token of the template that the vocabulary lacks.
+    """
+    template = None if prompt_type is None else get_template(prompt_type)
+    tokenizer = _read(path, use_fast)
+    size = len(tokenizer)
+    if template is not None and template.replace_eos:
+        _set(tokenizer, "eos_token", template.stop_words[0], path, f"--prompt-type {template.name} ends answers with")
+    if tokenizer.eos_token_id is None:
+        _set(tokenizer, "eos_token", _FALLBACK_EOS, path, "it has no eos token, and lacks the usual substitute")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for word in () if template is None else template.stop_words:
+        _require(tokenizer, word, path, f"--prompt-type {prompt_type} uses")
+        if word not in tokenizer.all_special_tokens:
+            # in the vocabulary already, but not yet cut out of the text as one piece
+            tokenizer.add_special_tokens({"extra_special_tokens": [word]}, replace_extra_special_tokens=False)
+    assert len(tokenizer) == size, "no token may be added"
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of the vocabulary: equal when every id means the same token.
+
+    The eos and pad tokens are not part of it: a template changes them, and one vocabulary serves several templates.
+    """
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _read(path: str | Path, use_fast: bool) -> Any:
+    from transformers import AutoTokenizer  # seconds to import, and not every caller gets here
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"--tokenizer-name-or-path {path}: no such folder; give a local folder, nothing is downloaded")
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
+        raise UserError(f"--tokenizer-name-or-path {path}: holds no tokenizer (tokenizer.json or tokenizer.model)")
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, use_fast=use_fast, local_files_only=True, model_max_length=_NO_LIMIT
+        )
+    except Exception as error:  # whatever a broken file makes the library raise
+        raise UserError(f"--tokenizer-name-or-path {path}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _set(tokenizer: Any, attribute: str, token: str, path: str | Path, why: str) -> None:
+    _require(tokenizer, token, path, why)
+    tokenizer.add_special_tokens({attribute: token}, replace_extra_special_tokens=False)
+
+
+def _require(tokenizer: Any, token: str, path: str | Path, why: str) -> None:
+    if token not in tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer in {path} has no token {token}: {why} {token}, and a new token would have no row in the "
+            "model's embedding; choose the --prompt-type this model was made for"
+        )

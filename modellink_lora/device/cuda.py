@@ -1,0 +1,57 @@
+"""CUDA over NCCL. megatron-core is written for it, so nothing is redirected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.device.base import Device
+
+
+class CudaDevice(Device):
+    name = "cuda"
+    backend = "nccl"
+
+    @classmethod
+    def available(cls) -> bool:
+        return torch.cuda.is_available()
+
+    @classmethod
+    def why_unavailable(cls) -> str:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        return "torch sees no CUDA device; check the driver and CUDA_VISIBLE_DEVICES"
+
+    def activate(self, local_rank: int) -> torch.device:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"process {local_rank} of this host has no GPU: {count} visible; start at most {count} a host")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def seed(self, seed: int) -> None:
+        torch.cuda.manual_seed(seed)
+
+    def rng_state(self) -> Tensor:
+        return torch.cuda.get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        torch.cuda.set_rng_state(state)
+
+    def memory(self) -> dict[str, int]:
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "max allocated": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "max reserved": torch.cuda.max_memory_reserved(),
+        }
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def describe(self) -> str:
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL, torch {torch.__version__}"

@@ -1,0 +1,201 @@
+"""The one place that changes third-party modules: makes megatron-core, written for CUDA, run on CPU and NPU.
+
+Every `megatron.core.*` module gets a stand-in for the name `torch` in which `torch.cuda` is the device's own interface
+and factories called with `device="cuda"` build on the device. The real `torch` module stays as it is, so
+`torch.cuda.is_available()` remains honest for every other library. Three methods cannot be reached that way and are
+changed for callers inside megatron.core only. Lines are those of megatron-core 0.16.1.
+
+| redirected                           | because of                                                              |
+|--------------------------------------|-------------------------------------------------------------------------|
+| torch.cuda.current_device            | rotary_pos_embedding.py:162, mappings.py:141, p2p_communication.py:194  |
+| torch.cuda.synchronize, empty_cache  | p2p_communication.py:242, async_utils.py:212                            |
+| torch.cuda streams, events, nvtx     | param_and_grad_buffer.py, timers.py                                     |
+| torch.cuda rng functions, tracker    | tensor_parallel/random.py:235-277, 447-457                              |
+| factories with device="cuda"         | schedules.py:596, clip_grads.py:103, optimizer.py:485                   |
+| Tensor.type() without arguments      | clip_grads.py:167, optimizer.py:671 compare with "torch.cuda.*Tensor"   |
+| Tensor.cuda()                        | language_module.py:244 (tied embeddings over pipeline stages)           |
+| torch.compile                        | jit.py makes it the fuser; a compile of many seconds for tiny gains     |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "as_tensor",
+              "empty_like", "zeros_like", "ones_like", "full_like")  # fmt: skip
+
+# Imported before the stand-in is handed out, so that a later lazy import finds nothing unprepared.
+_MODULES = (
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.tensor_parallel.random",
+)
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """What stands for CUDA: a device type, an object for `torch.cuda`, and how tensors get there."""
+
+    device_type: str
+    cuda: Callable[[], Any]  # called at install time, when the device library is loaded
+    own_tracker: bool  # the default CPU generator is the device's: megatron's tracker would warn at every fork
+
+
+def install(redirect: Redirect) -> None:
+    """Give every imported megatron-core module the stand-in. Calling again covers modules imported since."""
+    for name in _MODULES:
+        importlib.import_module(name)
+    if hasattr(torch.compiler, "set_stance"):
+        torch.compiler.set_stance("force_eager")
+    cuda = redirect.cuda()
+    stand_in = _stand_in(redirect, cuda)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            vars(module)["torch"] = stand_in
+    _redirect_random(redirect, cuda)
+    _redirect_tensor_methods(redirect)
+
+
+class _Overlay(types.ModuleType):
+    """A module that answers some names itself and asks `below` for all others."""
+
+    def __init__(self, below: Any, names: dict[str, Any]) -> None:
+        super().__init__(getattr(below, "__name__", "overlay"))
+        vars(self)["_below"] = below
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_below"], name)
+
+
+def _stand_in(redirect: Redirect, cuda: Any) -> _Overlay:
+    def here(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def build(*args: Any, **kwargs: Any) -> Any:
+            if torch.device(kwargs.get("device") or "cpu").type == "cuda":
+                kwargs["device"] = cuda.current_device()
+                kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return build
+
+    return _Overlay(torch, {"cuda": cuda, **{name: here(getattr(torch, name)) for name in _FACTORIES}})
+
+
+def _redirect_random(redirect: Redirect, cuda: Any) -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: cuda.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: cuda.set_rng_state(state)
+    if redirect.own_tracker and not hasattr(random.CudaRNGStatesTracker, "on_default_generator"):
+        random.CudaRNGStatesTracker = _default_generator_tracker(random)
+
+
+def _default_generator_tracker(random: Any) -> type:
+    class Tracker(random.CudaRNGStatesTracker):  # type: ignore[name-defined,misc]
+        """Named random states on the CPU's default generator."""
+
+        on_default_generator = True
+
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            generator = torch.default_generator
+            outside = generator.get_state()
+            generator.set_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = generator.get_state()
+                generator.set_state(outside)
+
+    return Tracker
+
+
+def _redirect_tensor_methods(redirect: Redirect) -> None:
+    if getattr(torch.Tensor.type, "redirected", False):
+        return
+    original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def megatron_calls() -> bool:
+        return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core.")
+
+    @functools.wraps(original_type)
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        if not args and not kwargs and megatron_calls():
+            return "torch.cuda." + answer.rsplit(".", 1)[1]
+        return answer
+
+    @functools.wraps(original_cuda)
+    def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.to(redirect.device_type) if megatron_calls() else original_cuda(self, *args, **kwargs)
+
+    tensor_type.redirected = True  # type: ignore[attr-defined]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign]
+
+
+class _Stream:
+    """A stream or event of a device on which everything has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    wait_stream = wait_event = record_event = synchronize = record = wait = nothing
+
+    def query(self) -> bool:
+        return True
+
+
+def _cpu_cuda() -> _Overlay:
+    generator = torch.default_generator
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    state = {
+        "get_rng_state": lambda device="cuda": generator.get_state(),
+        "set_rng_state": lambda state, device="cuda": generator.set_state(state),
+        "manual_seed": lambda seed: generator.manual_seed(seed),
+    }
+    return _Overlay(
+        torch.cuda,
+        {
+            **state,
+            "random": _Overlay(torch.cuda.random, state),
+            "nvtx": _Overlay(torch.cuda.nvtx, {"range_push": nothing, "range_pop": nothing}),
+            "current_device": lambda: torch.device("cpu"),
+            "synchronize": nothing,
+            "empty_cache": nothing,
+            "set_device": nothing,
+            "current_stream": _Stream,
+            "default_stream": _Stream,
+            "Stream": _Stream,
+            "Event": _Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+        },
+    )
+
+
+CPU = Redirect("cpu", _cpu_cuda, own_tracker=True)
+NPU = Redirect("npu", lambda: torch.npu, own_tracker=False)  # type: ignore[attr-defined]

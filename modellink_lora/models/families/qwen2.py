@@ -1,0 +1,17 @@
+"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v. The bias is part of the model type, config.json does not mention it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families.common import LLAMA_ROWS, QKV_BIAS_ROWS, read_llama_like, refuse_mixed_windows
+from modellink_lora.models.family import Family
+
+
+def _read_config(config: dict[str, Any]) -> ModelConfig:
+    refuse_mixed_windows(config)
+    return read_llama_like(config, absent={"num_key_value_heads": 32}, add_qkv_bias=True)
+
+
+QWEN2 = Family(name="qwen2", hf_model_types=("qwen2",), rows=LLAMA_ROWS + QKV_BIAS_ROWS, read_config=_read_config)

@@ -1,0 +1,84 @@
+"""A model family as data: its Hugging Face names, the layout of each tensor, and how its config.json is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.layouts import QKV, Column, GateUp, Layout, Replicated, Row, Vocab
+
+_BRACES = re.compile(r"\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One Megatron tensor, the Hugging Face tensors it is made of (`{q,k,v}` lists them, `*` is the layer), its layout."""
+
+    name: str
+    layout: type[Layout]
+    hf: str
+    when: str | None = None  # the row exists when this ModelConfig field is true
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A `TensorRow` of one concrete layer of one concrete model."""
+
+    name: str
+    layout: Layout
+    hf: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """`name` is the `--model-type-hf` spelling; `hf_model_types` are the `model_type`s of config.json it reads."""
+
+    name: str
+    hf_model_types: tuple[str, ...]
+    rows: tuple[TensorRow, ...]
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+
+    def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
+        """Every tensor of a model of this family, embedding first, layer by layer, head last."""
+        per_layer = [row for row in self.rows if "*" in row.name]
+        present = [row for row in self.rows if row.when is None or getattr(config, row.when)]
+        first = [row for row in present if row.name.startswith("embedding.")]
+        yield from (_concrete(row, config, None) for row in first)
+        for layer in range(config.num_layers):
+            yield from (_concrete(row, config, layer) for row in present if row in per_layer)
+        yield from (_concrete(row, config, None) for row in present if row not in per_layer and row not in first)
+
+    def tensor(self, name: str, config: ModelConfig) -> TensorSpec:
+        """The tensor of global Megatron name `name`; KeyError when this family has none."""
+        pattern = re.sub(r"(?<=decoder\.layers\.)\d+", "*", name)
+        index = re.search(r"decoder\.layers\.(\d+)\.", name)
+        for row in self.rows:
+            if row.name == pattern and (row.when is None or getattr(config, row.when)):
+                return _concrete(row, config, int(index.group(1)) if index else None)
+        raise KeyError(name)
+
+
+def bind(layout: type[Layout], config: ModelConfig) -> Layout:
+    """A layout of this model: the sizes it needs, taken from `config`."""
+    if layout is QKV:
+        return QKV(config.num_attention_heads, config.num_query_groups, config.kv_channels)
+    if layout is Vocab:
+        return Vocab(config.vocab_size, config.padded_vocab_size)
+    assert layout in (Replicated, Column, Row, GateUp), layout
+    return layout()
+
+
+def _concrete(row: TensorRow, config: ModelConfig, layer: int | None) -> TensorSpec:
+    def fill(text: str) -> str:
+        return text if layer is None else text.replace("*", str(layer))
+
+    return TensorSpec(fill(row.name), bind(row.layout, config), tuple(fill(name) for name in _expand(row.hf)))
+
+
+def _expand(template: str) -> list[str]:
+    """`a.{q,k}.b` -> ["a.q.b", "a.k.b"]"""
+    match = _BRACES.search(template)
+    return [template] if not match else [template.replace(match.group(0), part) for part in match.group(1).split(",")]

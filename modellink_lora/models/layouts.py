@@ -1,0 +1,131 @@
+"""How one Megatron tensor is made of Hugging Face tensors and cut over tensor-parallel ranks. Pure tensor arithmetic.
+
+Letters: h hidden, f ffn, n query heads, g query groups, d head dim, r LoRA rank, t tensor parallel size.
+Every layout obeys `split(fuse(parts)) == parts` and `gather([shard(x, i, t) for i in range(t)]) == x`, bit for bit,
+for weights [out, in], biases [out] and LoRA B factors [out, r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Layout(Protocol):
+    """Arrangement (`fuse`, `split`) and placement (`shard`, `gather`) of one tensor."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor: ...
+    def split(self, full: Tensor) -> list[Tensor]: ...
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor: ...
+    def gather(self, shards: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """The same tensor on every rank."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        (only,) = parts
+        return only
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return full
+
+    def gather(self, shards: Sequence[Tensor]) -> Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True)
+class Column(Replicated):
+    """Rows (outputs, dimension 0) cut into t consecutive blocks."""
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return _block(full, 0, rank, size)
+
+    def gather(self, shards: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(shards), dim=0)
+
+
+@dataclass(frozen=True)
+class Row(Replicated):
+    """Columns (inputs, dimension 1) cut into t consecutive blocks."""
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return _block(full, 1, rank, size)
+
+    def gather(self, shards: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(shards), dim=1)
+
+
+@dataclass(frozen=True)
+class QKV(Column):
+    """Rows grouped by query group: (n/g * d rows of q)(d rows of k)(d rows of v), group after group."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        q, k, v = parts
+        grouped = [part.reshape(self.groups, -1, *part.shape[1:]) for part in (q, k, v)]
+        return torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        rows = (self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim)
+        grouped = full.reshape(self.groups, sum(rows), *full.shape[1:])
+        return [part.reshape(-1, *full.shape[1:]) for part in grouped.split(rows, dim=1)]
+
+
+@dataclass(frozen=True)
+class GateUp(Column):
+    """[gate; up], and every shard is [gate_shard; up_shard]."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        gate, up = parts
+        return torch.cat([gate, up], dim=0)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return list(full.chunk(2, dim=0))
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        return torch.cat([_block(half, 0, rank, size) for half in full.chunk(2, dim=0)], dim=0)
+
+    def gather(self, shards: Sequence[Tensor]) -> Tensor:
+        halves = [shard.chunk(2, dim=0) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=0)
+
+
+@dataclass(frozen=True)
+class Vocab(Column):
+    """Rows are tokens; the full tensor is padded to `padded` rows by repeating the last one."""
+
+    rows: int
+    padded: int
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        (full,) = parts
+        full = full[: self.rows]
+        extra = self.padded - full.shape[0]
+        return torch.cat([full, full[-1:].expand(extra, *full.shape[1:])]) if extra else full
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full[: self.rows]]
+
+
+def lora_layouts(base: Layout) -> tuple[Layout, Layout]:
+    """Layouts of lora_A [r, in] and lora_B [out, r] on a linear of layout `base`: the factor on the cut side is cut."""
+    return (Row(), Replicated()) if isinstance(base, Row) else (Replicated(), base)
+
+
+def _block(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    if full.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {tuple(full.shape)} does not divide into {size} blocks")
+    width = full.shape[dim] // size
+    return full.narrow(dim, rank * width, width)

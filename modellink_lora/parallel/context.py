@@ -1,0 +1,85 @@
+"""Who am I among the processes: sizes, ranks and groups as one value. The only reader of megatron's parallel_state."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from modellink_lora.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This process in the layout: `rank` of `size` along tensor (tp), pipeline (pp) and data (dp) parallelism."""
+
+    config: ParallelConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.config.sequence_parallel and self.tp_size > 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks to the user."""
+        return self.rank == 0
+
+
+def start_processes(backend: str, *, rank: int, world_size: int, init_method: str, timeout_minutes: int) -> None:
+    """Join the default process group. Gloo stands beside a device backend for CPU tensors."""
+    spec = backend if backend == "gloo" else f"cpu:gloo,{'cuda' if backend == 'nccl' else 'npu'}:{backend}"
+    dist.init_process_group(
+        spec,
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def make_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
+    """Lay the processes out as `config` says. Raises UserError when their number does not fit."""
+    from megatron.core import parallel_state
+
+    config.data_parallel_size(dist.get_world_size())
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    return ParallelContext(
+        config=config,
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )

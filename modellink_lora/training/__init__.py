@@ -1,0 +1,1 @@
+"""The fine-tuning job: set up, step, report, save."""

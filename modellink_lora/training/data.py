@@ -1,0 +1,165 @@
+"""The run's samples: which ones, in which order, and this replica's micro-batches of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.config.train import SftDataConfig, TrainConfig
+from modellink_lora.data.batches import collate, micro_batches
+from modellink_lora.data.corpus import InstructionCorpus
+from modellink_lora.data.sft_dataset import SftDataset, sample_order, split_bounds
+from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from modellink_lora.parallel.context import ParallelContext
+from modellink_lora.training.step import Batch
+
+
+class BatchStream(Iterator[Batch]):
+    """Micro-batches of one replica; `lengths` collects the true lengths of their samples until taken."""
+
+    def __init__(self, samples: SftDataset, indices: Iterator[list[int]], **collate_settings: Any) -> None:
+        self._samples, self._indices, self._settings = samples, indices, collate_settings
+        self._lengths: list[int] = []
+
+    def __next__(self) -> Batch:
+        samples = [self._samples[i] for i in next(self._indices)]
+        self._lengths += [len(ids) for ids, _ in samples]
+        return collate(samples, **self._settings)
+
+    def take_lengths(self) -> list[int]:
+        taken, self._lengths = self._lengths, []
+        return taken
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Train, validation and test samples of a corpus, and how they become micro-batches."""
+
+    corpus: InstructionCorpus
+    splits: dict[str, range]
+    config: SftDataConfig
+    train: TrainConfig
+    batch_size: int  # samples of one step
+    context: ParallelContext
+    notes: list[str]
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What decides the order of training samples; a resumed run must agree."""
+        known = {"samples": len(self.splits["train"]), "seed": self.train.seed, "shuffle": self.config.shuffle}
+        if self.config.full_shuffle_instruction_dataset:  # shuffles all epochs together, so their number matters
+            known["full_shuffle_of"] = self.train.train_iters * self.batch_size
+        return known
+
+    @property
+    def pad_multiple(self) -> int:
+        """Padded lengths are multiples of this: the flag's, and what sequence parallelism needs to cut them evenly."""
+        wanted = self.config.pad_to_multiple_of if self.config.variable_seq_lengths else 1
+        return math.lcm(wanted, self.context.tp_size if self.context.sequence_parallel else 1)
+
+    @property
+    def padded_length(self) -> int:
+        """Length of fixed-length samples."""
+        return -(-self.config.seq_length // self.pad_multiple) * self.pad_multiple
+
+    def stream(self, split: str, *, consumed_samples: int = 0) -> BatchStream:
+        """Micro-batches of this replica from `consumed_samples` on; training goes through as many epochs as it needs."""
+        span = self.splits[split]
+        training = split == "train"
+        needed = self.train.train_iters * self.batch_size if training else len(span)
+        order = sample_order(
+            len(span),
+            needed,
+            seed=self.train.seed,
+            shuffle=self.config.shuffle and training,
+            full_shuffle=self.config.full_shuffle_instruction_dataset and training,
+        )
+        indices = micro_batches(
+            order,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self.train.micro_batch_size,
+            data_parallel_rank=self.context.dp_rank,
+            data_parallel_size=self.context.dp_size,
+        )
+        return BatchStream(
+            SftDataset(self.corpus, span, seq_length=self.config.seq_length),
+            indices,
+            pad_id=0,  # on the right of a causal model, and masked: no value there changes a result
+            seq_length=self.padded_length,
+            variable_seq_lengths=self.config.variable_seq_lengths,
+            pad_to_multiple_of=self.pad_multiple,
+        )
+
+    def validation_batches(self, split: str) -> int:
+        """Whole global batches of one validation, at most one pass over the split."""
+        return min(self.train.eval_iters, len(self.splits[split]) // self.batch_size)
+
+
+def open_data(
+    config: SftDataConfig, train: TrainConfig, model: ModelConfig, context: ParallelContext, *, tokenizer: str | None
+) -> RunData:
+    """Open the corpus and check it against the run.
+
+    Args:
+        tokenizer: folder to compare with the tokenizer the data were made with; None compares nothing.
+    Raises:
+        UserError: files missing or damaged, ids beyond the vocabulary, another template or tokenizer, no samples.
+    """
+    prefix = config.data_path[0]
+    corpus = InstructionCorpus(prefix)
+    if model.sliding_window and config.seq_length > model.sliding_window:
+        raise UserError(
+            f"--seq-length {config.seq_length} exceeds the model's attention window of {model.sliding_window}, "
+            "which this version does not compute: use at most that"
+        )
+    if config.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"--seq-length {config.seq_length} exceeds the model's {model.max_position_embeddings} positions; "
+            "use a smaller one, or raise --max-position-embeddings if you mean it"
+        )
+    largest = corpus.max_token_id()
+    if largest >= model.vocab_size:
+        raise UserError(
+            f"--data-path {prefix} holds token id {largest}, the model has {model.vocab_size} tokens: "
+            "preprocess with this model's own tokenizer"
+        )
+    notes = _check_origin(corpus, config, tokenizer)
+    batch_size = train.batch_size(context.dp_size)
+    bounds = split_bounds(config.split, len(corpus))
+    splits = dict(zip(("train", "valid", "test"), bounds, strict=True))
+    if not len(splits["train"]):
+        raise UserError(f"--split {config.split} leaves no training sample of {len(corpus)} in {prefix}")
+    data = RunData(corpus, splits, config, train, batch_size, context, notes)
+    if data.pad_multiple != config.pad_to_multiple_of and config.variable_seq_lengths:
+        notes.append(
+            f"--pad-to-multiple-of {config.pad_to_multiple_of} raised to {data.pad_multiple}: "
+            f"sequence parallelism cuts every sequence into {context.tp_size}"
+        )
+    if data.padded_length != config.seq_length:
+        notes.append(f"--seq-length {config.seq_length} padded to {data.padded_length} for sequence parallelism")
+    if train.eval_iters and not data.validation_batches("valid"):
+        notes.append(f"no validation: --split {config.split} holds {len(splits['valid'])} samples, fewer than one batch")
+    return data
+
+
+def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: str | None) -> list[str]:
+    """Compare template and tokenizer of the data with the run's; data of other programs carry no record of them."""
+    record = corpus.sidecar
+    if record is None:
+        return [f"{config.data_path[0]} has no record of its tokenizer and template: that they fit is unchecked"]
+    made_with = record.get("prompt_type")
+    if config.prompt_type and made_with != config.prompt_type:
+        raise UserError(
+            f"--prompt-type {config.prompt_type} contradicts {config.data_path[0]}, which was made with {made_with}"
+        )
+    if tokenizer:
+        loaded = load_tokenizer(tokenizer, prompt_type=made_with, use_fast=config.use_fast_tokenizer)
+        if tokenizer_fingerprint(loaded) != record.get("tokenizer_fingerprint"):
+            raise UserError(
+                f"{config.data_path[0]} was made with another tokenizer than {tokenizer}: preprocess again with this one"
+            )
+    return []

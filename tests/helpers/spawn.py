@@ -1,0 +1,105 @@
+"""Real processes for distributed tests: started once per world size, over gloo, and fed many checks.
+
+`run(function, world_size=4, **arguments)` calls a module-level function in every process and returns the results by
+rank. Starting a process costs seconds of imports; a check in a running one costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 300
+_pools: dict[int, Pool] = {}
+
+
+class Pool:
+    """`size` processes that form one gloo process group."""
+
+    def __init__(self, size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        rendezvous = Path(self._folder.name) / "rendezvous"
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"  # inherited: must be there before torch is imported
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, str(rendezvous), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
+        for connection in self._connections:
+            connection.send((function, arguments))
+        answers: dict[int, tuple[bool, Any]] = {}
+        pending = dict(zip(self._connections, range(len(self._connections)), strict=True))
+        while pending:
+            ready = wait(list(pending), timeout=TIMEOUT_SECONDS)
+            for connection in ready:
+                rank = pending.pop(connection)  # type: ignore[index]
+                try:
+                    answers[rank] = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    answers[rank] = (False, f"rank {rank} died without a word")
+            failures = [text for good, text in answers.values() if not good]
+            if failures or not ready:  # the others may wait for ever in a collective
+                self.close()
+                raise AssertionError("\n".join(failures) or f"no answer from ranks {sorted(pending.values())}")
+        return [answers[rank][1] for rank in range(len(answers))]
+
+    def close(self) -> None:
+        _pools.pop(len(self._processes), None)
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def run(function: Callable[..., Any], *, world_size: int, **arguments: Any) -> list[Any]:
+    """Call `function(**arguments)` on every rank; an exception on any rank fails here with its traceback."""
+    if world_size not in _pools:
+        close_all()  # two idle pools would only hold memory
+        _pools[world_size] = Pool(world_size)
+    return _pools[world_size].run(function, arguments)
+
+
+@atexit.register
+def close_all() -> None:
+    for pool in list(_pools.values()):
+        pool.close()
+
+
+def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> None:
+    import logging
+    import warnings
+
+    import torch
+
+    from modellink_lora.device import get_device
+    from modellink_lora.parallel.context import start_processes
+
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    torch.set_num_threads(1)
+    device = get_device("cpu")
+    device.activate(0)
+    start_processes("gloo", rank=rank, world_size=size, init_method=f"file://{rendezvous}", timeout_minutes=2)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, function(**arguments)))
+        except BaseException:
+            connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))

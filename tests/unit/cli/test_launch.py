@@ -1,0 +1,54 @@
+"""What the launcher's environment means, and which defaults a run adds to it."""
+
+from __future__ import annotations
+
+import pytest
+
+from modellink_lora.cli.launch import Launch, set_environment_defaults
+from modellink_lora.config.errors import UserError
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_torchrun_says_who_this_process_is() -> None:
+    assert Launch.from_environment(TORCHRUN | {"MODELLINK_DEVICE": "cpu"}) == Launch(5, 8, 1, 4, "node0", 29500, "cpu")
+
+
+def test_without_a_launcher_there_is_one_process_with_a_free_port() -> None:
+    launch = Launch.from_environment({})
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (0, 1, 0, 1)
+    assert launch.is_first and launch.master_port > 0 and launch.device == "auto"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": "8"}, "RANK=8 is not below WORLD_SIZE=8"),
+        ({"RANK": "two"}, "RANK='two' in the environment is not a whole number"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR not set"),
+    ],
+)
+def test_half_a_launch_is_a_user_error(change: dict[str, str | None], message: str) -> None:
+    environment = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(UserError, match=message):
+        Launch.from_environment(environment)
+
+
+def test_environment_defaults_give_way_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    set_environment_defaults("cuda")
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    set_environment_defaults("cpu")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    set_environment_defaults("cuda")
+    assert os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
