@@ -20,8 +20,8 @@ FOLDER_LAYERS = {
     "convert": 5, "training": 5, "cli": 6,
 }  # fmt: skip  # halves: two rooms of one layer, of which one stands on the other
 PURE = {
-    "data/templates", "data/prompt", "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family", "models/shapes",
-    "models/families", "parallel/partition", "checkpoint/names",
+    "data/templates", "data/prompt", "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family",
+    "models/shapes", "models/families", "parallel/partition", "checkpoint/names", "checkpoint/store",
 }  # fmt: skip
 PATCH_PLACE = "device/redirect.py"
 

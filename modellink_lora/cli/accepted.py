@@ -10,7 +10,7 @@ from modellink_lora.cli.flags import Accepted, only
 
 _FUSED = "this version computes it with PyTorch's own operations, which give the same result"
 _SWITCHES = {
-    "use-flash-attn": "attention always runs through PyTorch's scaled_dot_product_attention, which picks the kernel",
+    "use-flash-attn": "attention always runs through the device's fused kernel",
     "attention-softmax-in-fp32": "the attention kernels keep the softmax in fp32 in any case",
     "use-fused-rmsnorm": _FUSED,
     "use-fused-swiglu": _FUSED,
@@ -30,6 +30,9 @@ _SWITCHES = {
     "use-distributed-optimizer": "the plain data-parallel optimizer runs; the result is the same",
     "overlap-grad-reduce": "gradients are reduced after the backward pass; the result is the same",
     "overlap-param-gather": "every process keeps all its weights, nothing has to be gathered; the result is the same",
+    "use-rotary-position-embeddings": (
+        "rotary positions are the only ones here; without --load also give --position-embedding-type rope"
+    ),
     "group-query-attention": "--num-query-groups or the checkpoint says how many groups there are",
     "disable-bias-linear": "no model of this version has biases on its linear layers, except --add-qkv-bias",
     "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",

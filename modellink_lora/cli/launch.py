@@ -61,9 +61,6 @@ def set_environment_defaults(device: str) -> None:
         # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
         # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if device == "cpu":
-        # gloo runs one process per rank on the same cores; each would otherwise start a thread for every core
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -58,9 +58,9 @@ def micro_batches(
 ) -> Iterator[list[int]]:
     """Sample numbers of each micro-batch of one rank, from `consumed_samples` of `order` on.
 
-        order:  | rank 0 | rank 1 | rank 0 | rank 1 | rest, not read
-                |<- one micro-batch ->|
-                       each rank
+    order:  | rank 0 | rank 1 | rank 0 | rank 1 | rest, not read
+            |<- one micro-batch ->|
+                   each rank
     """
     block = micro_batch_size * data_parallel_size
     first = data_parallel_rank * micro_batch_size

@@ -1,6 +1,7 @@
-"""The token files of a data set, `PREFIX_packed_{input_ids,attention_mask,labels}_document.{bin,idx}`, and their record.
+"""The token files of a data set, `PREFIX_packed_KEY_document.{bin,idx}`, and the record of how they were made.
 
-Layout of the pair of files of one key (all little endian, the same as Megatron's indexed dataset):
+The keys are input_ids, attention_mask and labels. The two files of a key are laid out like Megatron's indexed
+dataset, all little endian:
 
     .bin   int32 tokens of all sequences, one after the other
     .idx   magic "MMIDIDX\\0\\0" | u64 version 1 | u8 dtype code | u64 sequences S | u64 document boundaries D
@@ -114,7 +115,9 @@ class _Sequences:
             raise UserError(f"{index}: is not an index of token data; run preprocess_data.py again")
         _, version, code, count, boundaries = _HEADER.unpack_from(content)
         if version != 1 or code not in _DTYPES:
-            raise UserError(f"{index}: version {version}, dtype code {code} are not known; run preprocess_data.py again")
+            raise UserError(
+                f"{index}: version {version}, dtype code {code} are not known; run preprocess_data.py again"
+            )
         expected = _HEADER.size + 12 * count + 8 * boundaries
         if len(content) != expected:
             raise UserError(
@@ -199,12 +202,8 @@ class InstructionCorpus:
     def warnings(self) -> list[str]:
         """What a user should know before training on these files; the caller prints it once."""
         found = []
-        if self.sidecar is None:
-            stale = sidecar_file(self.prefix).is_file()
-            found.append(
-                f"{sidecar_file(self.prefix)} {'describes other data' if stale else 'is missing'}: the tokenizer and "
-                "template of the data cannot be compared with this run's"
-            )
+        if self.sidecar is None and sidecar_file(self.prefix).is_file():
+            found.append(f"{sidecar_file(self.prefix)} describes other data and is ignored")
         if len(self) and self._labels_repeat_the_ids():
             found.append(
                 f"{self.prefix}: every label equals its token, so questions are trained like answers (packed sets of "

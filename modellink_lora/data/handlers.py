@@ -90,7 +90,7 @@ def reader_for(handler_name: str, map_keys: Mapping[str, Any] | None, columns: C
             raise UserError(
                 f"the data have no column {column!r}, which {handler_name} reads as {key!r}; columns found: "
                 f"{', '.join(sorted(columns)) or 'none'}. Name the right one with --map-keys "
-                f"'{{\"{key}\": \"COLUMN\"}}'" + (", or \"\" for none" if key not in _NEEDED else "")
+                f'\'{{"{key}": "COLUMN"}}\'' + (', or "" for none' if key not in _NEEDED else "")
             )
     return RecordReader(handler_name, layout)
 
@@ -100,7 +100,7 @@ def _layout(handler: Handler, map_keys: dict[str, Any]) -> Layout:
     columns = dict(handler.columns)
     _apply(columns, map_keys, "--map-keys", extra=("tags",) if handler.tags else ())
     if not isinstance(tags, Mapping | None):
-        raise UserError("--map-keys: tags must be an object such as {\"role_tag\": \"role\", \"content_tag\": \"content\"}")
+        raise UserError('--map-keys: tags must be an object such as {"role_tag": "role", "content_tag": "content"}')
     if not tags:
         return Layout(columns, handler.tags)
     # tags are given together: one that is left out does not occur in the data
@@ -148,6 +148,8 @@ def _history(value: Any) -> list[list[str]]:
 def _sharegpt(record: Record, layout: Layout) -> Conversation:
     """A list of messages that carry a role each; a system message may come first."""
     messages = layout.value(record, "messages")
+    if messages is None:
+        raise _Unusable(f"no {layout.columns['messages']}")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise _Unusable("messages are not a list of objects")
     role_tag, content_tag = str(layout.tags["role_tag"]), str(layout.tags["content_tag"])
@@ -155,7 +157,9 @@ def _sharegpt(record: Record, layout: Layout) -> Conversation:
     system = layout.text(record, "system")
     if spoken and spoken[0][0] is not None and spoken[0][0] == layout.tags["system_tag"]:
         system = _content(*spoken.pop(0))
-    roles = {layout.tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function")}
+    roles: dict[str | None, str | None] = {
+        layout.tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function")
+    }
     roles.pop(None, None)
     turns = tuple(_message(roles, role, content) for role, content in spoken)
     for i, message in enumerate(turns):
@@ -170,10 +174,10 @@ def _sharegpt(record: Record, layout: Layout) -> Conversation:
     return Conversation(turns, system=system, tools=described)
 
 
-def _message(roles: Names, role: Any, content: Any) -> Message:
+def _message(roles: Mapping[str | None, str | None], role: Any, content: Any) -> Message:
     known = roles.get(role) if isinstance(role, str) else None
     if known is None:
-        raise _Unusable(f"unknown role {role!r}")
+        raise _Unusable(f"unknown role {str(role)[:40]!r}")
     if known != "function":
         return Message(known, _content(role, content))
     try:

@@ -30,7 +30,7 @@ def split_bounds(split: str, total: int) -> list[range]:
     weights += [0.0] * (3 - len(weights))
     ends = [0]
     for weight in weights:
-        ends.append(ends[-1] + int(round(weight / sum(weights) * total)))
+        ends.append(ends[-1] + round(weight / sum(weights) * total))
     # rounding may add or lose samples; every boundary moves by that much, so the ranges end at `total`
     surplus = ends[-1] - total
     bounds = [0] + [max(end - surplus, 0) for end in ends[1:]]

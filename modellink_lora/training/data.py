@@ -127,7 +127,8 @@ def open_data(
             f"--data-path {prefix} holds token id {largest}, the model has {model.vocab_size} tokens: "
             "preprocess with this model's own tokenizer"
         )
-    notes = _check_origin(corpus, config, tokenizer)
+    _check_origin(corpus, config, tokenizer)
+    notes = [f"warning: {line}" for line in corpus.warnings()]
     batch_size = train.batch_size(context.dp_size)
     bounds = split_bounds(config.split, len(corpus))
     splits = dict(zip(("train", "valid", "test"), bounds, strict=True))
@@ -146,11 +147,11 @@ def open_data(
     return data
 
 
-def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: str | None) -> list[str]:
+def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: str | None) -> None:
     """Compare template and tokenizer of the data with the run's; data of other programs carry no record of them."""
     record = corpus.sidecar
     if record is None:
-        return [f"{config.data_path[0]} has no record of its tokenizer and template: that they fit is unchecked"]
+        return
     made_with = record.get("prompt_type")
     if config.prompt_type and made_with != config.prompt_type:
         raise UserError(
@@ -162,4 +163,3 @@ def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: s
             raise UserError(
                 f"{config.data_path[0]} was made with another tokenizer than {tokenizer}: preprocess again with this one"
             )
-    return []

@@ -31,7 +31,8 @@ def micro_batch_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[st
     """Mean over trained tokens of a micro-batch; one without trained tokens counts as 0. losses [b, s]"""
     total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
     mean = total / tokens.clamp(min=1)
-    return mean, {"total": total.detach(), "tokens": tokens, "mean": mean.detach()}
+    # megatron-core divides the returned tensor in place by the number of micro-batches: report a copy
+    return mean, {"total": total.detach(), "tokens": tokens, "mean": mean.detach().clone()}
 
 
 def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -1,0 +1,46 @@
+"""A small byte-level BPE tokenizer, trained on a few sentences, with the special tokens of the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+_SENTENCES = (
+    "Human: What is the capital of France? Assistant: The capital of France is Paris.",
+    "### Instruction: Name three primary colours. ### Response: Red, yellow and blue.",
+    "<<SYS>> You are a helpful assistant. <</SYS>> [INST] Add two and three. [/INST] The sum is five.",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    'system user assistant tool Action: search Action Input: {"city": "Oslo"}',
+)
+CHATML = ("<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+def make_tokenizer(folder: Path, extra_tokens: Sequence[str] = (), *, special: Sequence[str] = CHATML) -> Path:
+    """Save the tokenizer in `folder` and return it. Ids 0-3 are <unk>, <s>, </s>, <pad>, then `special`.
+
+    Any text can be encoded and decoded back. `extra_tokens` are further special tokens, such as LLAMA3.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>", *special, *extra_tokens],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=[*special, *extra_tokens],
+    )
+    fast.save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,123 @@
+"""A fine-tuning run inside a test's process group, and small generated data to train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def write_corpus(prefix: Path, *, samples: int = 32, seed: int = 0, longest: int = 24) -> str:
+    """Counting sequences with a question part that is not trained; returns the prefix for --data-path."""
+    from modellink_lora.data.corpus import writing_corpus
+
+    random = numpy.random.RandomState(seed)
+    with writing_corpus(str(prefix), {"prompt_type": "alpaca"}) as writer:
+        for _ in range(samples):
+            length, start, step = random.randint(10, longest + 1), random.randint(0, 40), random.randint(1, 4)
+            ids = [(start + step * i) % 8 for i in range(length)]
+            question = random.randint(2, 5)
+            writer.add(ids, [1] * length, [-100] * question + ids[question:])
+    return str(prefix)
+
+
+def train_flags(**changes: Any) -> dict[str, Any]:
+    """Keyword arguments of TrainConfig for a short fp32 run."""
+    return {
+        "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 10, "lr": 5e-3, "min_lr": 5e-3,
+        "lr_decay_style": "constant", "eval_iters": 0, "log_interval": 100, "device": "cpu", **changes,
+    }  # fmt: skip
+
+
+def fine_tune_here(
+    *,
+    train: dict[str, Any],
+    data: dict[str, Any],
+    parallel: dict[str, Any],
+    lora: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    mutant: str | None = None,
+) -> None:
+    """Run the whole job in this world's process group; `mutant` names a deliberate error in the LoRA layer."""
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.config.train import SftDataConfig, TrainConfig
+    from modellink_lora.device import get_device
+    from modellink_lora.training.loop import fine_tune
+
+    with mutated(mutant):
+        fine_tune(
+            train=TrainConfig(**train),
+            data=SftDataConfig(**{"split": "100,0,0", "variable_seq_lengths": True, **data}),
+            parallel=ParallelConfig(**parallel),
+            model_flags=model or {},
+            lora_flags=lora,
+            device=get_device("cpu"),
+            torch_device=torch.device("cpu"),
+        )
+
+
+@contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Break LoraLinear in a named way, to show that a test notices."""
+    from modellink_lora.adapters.lora import LoraLinear
+
+    delta, init = LoraLinear.delta, LoraLinear.__init__
+    if name == "no LoRA term in dX":
+        LoraLinear.delta = lambda self, x: delta(self, x.detach())
+    elif name == "replicated factor not summed":
+
+        def unmarked(self: LoraLinear, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            self.lora_A.sequence_parallel = self.lora_B.sequence_parallel = False
+
+        LoraLinear.__init__ = unmarked
+    else:
+        assert name is None, name
+    try:
+        yield
+    finally:
+        LoraLinear.delta, LoraLinear.__init__ = delta, init
+
+
+def losses(save: Path) -> list[float]:
+    """Training loss of every step of a run, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [row["lm loss"] for row in rows if "lm loss" in row]
+
+
+def adapter_tensors(save: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest adapter below `save`."""
+    from modellink_lora.checkpoint.adapter import open_adapter
+
+    adapter = open_adapter(save)
+    return {name: adapter.read(name) for name in adapter.shapes}
+
+
+def hf_to_megatron(hf: Path, root: Path, *, tp: int = 1, stages: tuple[int, ...] | None = None) -> Path:
+    """Convert a Hugging Face folder; `stages` are the layers of each pipeline stage."""
+    from modellink_lora.checkpoint.hf import HfModel
+    from modellink_lora.checkpoint.rank_files import write_rank_files
+    from modellink_lora.models.layouts import Vocab
+    from modellink_lora.parallel.partition import Partition
+
+    source = HfModel(hf)
+    config = dataclasses.replace(source.config, padded_vocab_size=-(-source.config.vocab_size // tp) * tp)
+
+    def read(name: str) -> torch.Tensor:
+        layout = source.family.tensor(name, config).layout
+        full = source.read(name)
+        return layout.fuse([full]) if isinstance(layout, Vocab) else full
+
+    partition = Partition(stages or (config.num_layers,))
+    write_rank_files(
+        root, config=config, tp=tp, partition=partition, spelling="mcore", dtype=torch.float32, read=read, hf_files=hf
+    )
+    return root
