@@ -146,5 +146,5 @@ def test_keys_of_different_runs_do_not_fit_together(tmp_path: Path) -> None:
 def test_missing_files_are_listed(tmp_path: Path) -> None:
     prefix = write(tmp_path / "set")
     data_file(prefix, "labels", "idx").unlink()
-    with pytest.raises(UserError, match="set_packed_labels_document.idx missing"):
+    with pytest.raises(UserError, match=r"set_packed_labels_document\.idx missing"):
         InstructionCorpus(prefix)

@@ -1,4 +1,4 @@
-"""Slots of every template, as published: `|` separates slots that are tokenised on their own, `->` asks for the answer."""
+"""Slots of every template, as published: `|` separates slots tokenised on their own, `->` asks for the answer."""
 
 from __future__ import annotations
 
@@ -157,5 +157,5 @@ def test_a_prompt_to_generate_from_is_the_sample_without_its_last_answer() -> No
 
 @pytest.mark.parametrize("name", ["bloom", None])
 def test_an_unknown_or_missing_template_lists_those_there_are(name: str | None) -> None:
-    with pytest.raises(UserError, match="llama2.*chatml"):
+    with pytest.raises(UserError, match=r"llama2.*chatml"):
         get_template(name)

@@ -85,7 +85,7 @@ def test_fingerprints_agree_for_one_vocabulary_whatever_the_template(folder: Pat
 
 
 def test_a_missing_folder_or_one_without_tokenizer_is_never_looked_up_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder.*nothing is downloaded"):
+    with pytest.raises(UserError, match=r"no such folder.*nothing is downloaded"):
         load_tokenizer("meta-llama/Llama-2-7b-hf")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
