@@ -14,7 +14,7 @@ JOBS = {
     "preprocess": "turn conversations into token files",
     "train": "fine-tune with LoRA, or all weights",
     "convert": "translate, reshard and merge checkpoints",
-    "logits": "print the next-token logits of a checkpoint, to compare two of them",
+    "logits": "write the logits of prompts, from a base with or without its adapter",
 }
 
 

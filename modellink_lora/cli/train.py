@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     # imported after the device is active: these import megatron-core
     from modellink_lora.training.loop import fine_tune
 
-    _quiet()
+    quiet()
     start_processes(
         device.backend,
         rank=launch.rank,
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     return 0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """megatron-core warns about optional GPU libraries at every start; none of them is used here."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")

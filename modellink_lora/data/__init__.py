@@ -1,0 +1,1 @@
+"""From a data set to the micro-batches of a run: templates, records, token files, order, collation."""

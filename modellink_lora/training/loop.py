@@ -103,6 +103,8 @@ def fine_tune(
         save(root, progress, meta=meta, **parts)
         reporter.say(f"successfully saved checkpoint at iteration {progress.iteration} to {root}")
 
+    if progress.iteration == 0:  # what the base, or the adapter started from, scores
+        _validate("valid", progress, model, run_data, reporter, context)
     model.train()
     _steps(train, progress, model, optimizer, scheduler, run_data, reporter, context, device, setup, save_now)
     for split in ("valid", "test"):

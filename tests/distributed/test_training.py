@@ -93,7 +93,7 @@ def test_validation_and_test_losses_agree_between_layouts(base: Path, tmp_path: 
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found[name] = [(r["iteration"], k, r[k]) for r in rows for k in ("validation loss", "test loss") if k in r]
     assert [(i, k) for i, k, _ in found["dp2"]] == [
-        (4, "validation loss"), (8, "validation loss"), (10, "validation loss"), (10, "test loss"),
+        (0, "validation loss"), (4, "validation loss"), (8, "validation loss"), (10, "validation loss"), (10, "test loss"),
     ]  # fmt: skip
     for name in ("tp2-sp", "pp2"):
         for (*_, value), (*_, expected) in zip(found[name], found["dp2"], strict=True):

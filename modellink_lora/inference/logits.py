@@ -1,0 +1,148 @@
+"""Logits of prompts from an unmerged model on any layout, written to a file that any program can compare with.
+
+Letters: n prompts, s sequence, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.logits import LogitsConfig
+from modellink_lora.config.parallel import ParallelConfig
+from modellink_lora.data.prompt import Conversation, Message, encode_prompt
+from modellink_lora.data.templates import get_template
+from modellink_lora.data.tokenizer import load_tokenizer
+from modellink_lora.device import Device
+from modellink_lora.models.build import GPT
+from modellink_lora.parallel.context import ParallelContext, make_context
+from modellink_lora.parallel.random import seed_everything
+from modellink_lora.training.base import open_base
+from modellink_lora.training.setup import choose_lora, set_up
+
+_SEED = 1234  # nothing is drawn in evaluation mode; megatron-core wants its streams seeded all the same
+
+
+def prompt_logits(config: LogitsConfig, parallel: ParallelConfig, *, device: Device, torch_device: torch.device) -> None:
+    """Write `ids.N` [s] and `logits.N` [s, v] of every prompt N. The default process group exists.
+
+    Raises:
+        UserError: prompts, checkpoint, adapter or layout do not fit.
+    """
+    prompts = read_prompts(Path(config.prompt_file))
+    context = make_context(parallel, torch_device)
+    lora, adapter = choose_lora({}, config.lora_load) if config.lora_load else (LoraConfig(), None)  # no target, no layer
+    base = open_base(config.load, {}, tp=context.tp_size, seed=_SEED, use_mcore_models=None)
+    folder = config.tokenizer_name_or_path or base.tokenizer_folder
+    if folder is None:
+        raise UserError(f"--load {config.load} keeps no tokenizer: give its folder to --tokenizer-name-or-path")
+    tokenizer = load_tokenizer(folder, prompt_type=config.prompt_type, use_fast=config.use_fast_tokenizer)
+    template = get_template(config.prompt_type)
+    ids = [encode_prompt(Conversation((Message("user", prompt),)), template, tokenizer) for prompt in prompts]
+    _check(ids, config, vocab_size=base.config.vocab_size, positions=base.config.max_position_embeddings)
+    seed_everything(_SEED, context, device)
+    setup = set_up(base, lora, adapter, context, device, dtype=config.dtype, seed=_SEED, overrides={})
+    logits = forward_logits(setup.model, ids, context)
+    if not context.is_main:
+        return
+    for note in setup.notes:
+        print(note)
+    tensors = {f"ids.{n}": torch.tensor(row) for n, row in enumerate(ids)}
+    tensors |= {f"logits.{n}": tensor for n, tensor in enumerate(logits)}
+    about = {"load": config.load, "lora_load": config.lora_load or "", "prompt_type": config.prompt_type,
+             "prompts": json.dumps(prompts, ensure_ascii=False)}  # fmt: skip
+    with replacing_file(Path(config.output)) as temporary:
+        save_file(tensors, temporary, metadata=about)
+    what = f"{config.load} with the unmerged adapter {adapter.folder}" if adapter else f"{config.load}, no adapter"
+    print(f"{what}; {config.dtype}, TP {context.tp_size} x PP {context.pp_size}")
+    for prompt, row, tensor in zip(prompts, ids, logits, strict=True):
+        best = int(tensor[-1].argmax())
+        print(f"  {len(row):4} tokens, next {tokenizer.decode([best])!r} ({tensor[-1, best]:.4f}) after {prompt!r}")
+    print(f"logits of {len(prompts)} prompts written to {config.output}", flush=True)
+
+
+def forward_logits(model: GPT, ids: Sequence[Sequence[int]], context: ParallelContext) -> list[Tensor]:
+    """Logits [s, v] of each row of `ids` in fp32 on the CPU, padding of the vocabulary cut off; the same on every rank.
+
+    One row is one micro-batch, padded on the right to the longest: in a causal model no real token sees the padding.
+    """
+    block = context.tp_size if context.sequence_parallel else 1
+    length = -(-max(map(len, ids)) // block) * block
+    vocab = model.model_config.vocab_size
+
+    def rows() -> Iterator[Tensor]:
+        for row in ids:
+            yield torch.tensor([[*row, *[0] * (length - len(row))]], device=context.device)  # [1, s]
+
+    def forward_step(data: Iterator[Tensor], model: GPT) -> tuple[Tensor, Any]:
+        tokens = next(data)
+        positions = torch.arange(length, device=context.device)[None]  # [1, s]
+        # [1, s, v] on every tensor rank of the last stage, hidden states on the others
+        output = model(tokens, positions, None, runtime_gather_output=True)
+        return output, lambda logits, non_loss_data: logits[0, :, :vocab].float().cpu()
+
+    model.eval()
+    with torch.no_grad():
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=rows(),
+            model=[model],
+            num_microbatches=len(ids),
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    last = dist.get_process_group_ranks(context.pp_group)[-1]
+    result = []
+    for n, row in enumerate(ids):
+        logits = collected[n] if context.is_last_stage else torch.empty(length, vocab)
+        if context.pp_size > 1:
+            logits = logits.to(context.device)
+            dist.broadcast(logits, src=last, group=context.pp_group)
+        result.append(logits[: len(row)].cpu().contiguous())
+    return result
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in `path`. Raises UserError for a missing or empty file and for anything that is not text."""
+    if not path.is_file():
+        raise UserError(f"--prompt-file {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: not UTF-8 text ({error})") from None
+    if path.suffix == ".txt":
+        prompts = [line for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            prompts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--prompt-file {path}: not valid JSON ({error})") from None
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise UserError(f'--prompt-file {path}: must be a JSON list of texts such as ["Who are you?"]')
+    if not prompts:
+        raise UserError(f"--prompt-file {path}: holds no prompt")
+    return prompts
+
+
+def _check(ids: Sequence[Sequence[int]], config: LogitsConfig, *, vocab_size: int, positions: int) -> None:
+    for n, row in enumerate(ids):
+        where = f"--prompt-file {config.prompt_file}: prompt {n + 1}"
+        if not row:
+            raise UserError(f"{where} has no token: write something, or choose a --prompt-type that adds some")
+        if len(row) > positions:
+            raise UserError(f"{where} has {len(row)} tokens, the model has {positions} positions: shorten it")
+        if max(row) >= vocab_size:
+            raise UserError(f"{where} has token id {max(row)}, the model has {vocab_size}: give it its own tokenizer")

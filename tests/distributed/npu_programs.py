@@ -1,0 +1,268 @@
+"""What tests/distributed/test_npu_simulator.py runs on simulated NPUs: `npu_programs NAME`, one function per program.
+
+A program is started by torchrun in every process and says so by failing when something is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+MEBI = 2**20
+
+
+def collectives() -> None:
+    """Every collective against its definition; the longest message takes several slots of the simulated HCCL."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        for count in (1, 7, 3 * MEBI // 4 + 5):
+            each = [(torch.arange(count) % 13 + 1 + r).to(dtype) for r in range(size)]  # small: exact in bf16
+            mine = each[rank].npu()
+
+            total = mine.clone()
+            dist.all_reduce(total)
+            same(total, sum(each[1:], each[0]))
+            most = mine.clone()
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            same(most, each[-1])
+
+            gathered = torch.empty(size * count, dtype=dtype, device="npu")
+            dist.all_gather_into_tensor(gathered, mine)
+            same(gathered, torch.cat(each))
+
+            scattered = torch.empty(count, dtype=dtype, device="npu")
+            dist.reduce_scatter_tensor(scattered, torch.cat([mine + i for i in range(size)]))
+            same(scattered, sum(each[1:], each[0]) + size * rank)
+
+            sent = mine.clone()
+            dist.broadcast(sent, src=1)
+            same(sent, each[1])
+
+            exchanged = torch.empty(size * count, dtype=dtype, device="npu")
+            dist.all_to_all_single(exchanged, torch.cat([mine * (i + 1) for i in range(size)]))
+            same(exchanged, torch.cat([part * (rank + 1) for part in each]))
+    objects: list[object] = [None] * size
+    dist.all_gather_object(objects, {"rank": rank})
+    assert objects == [{"rank": r} for r in range(size)], objects
+    dist.barrier()
+
+
+def point_to_point() -> None:
+    """Blocking and batched messages; the longest is longer than the ring it goes through, in both directions at once."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    after, before = (rank + 1) % size, (rank - 1) % size
+    for count in (3, 5 * MEBI):
+        each = [torch.arange(count, dtype=torch.float32) + r for r in range(size)]
+        received = torch.empty(count, device="npu")
+        operations = [
+            dist.P2POp(dist.isend, each[rank].npu(), after),
+            dist.P2POp(dist.irecv, received, before),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        same(received, each[before])
+    if rank == 0:
+        dist.send(torch.full((4,), 7.0, device="npu", dtype=torch.bfloat16), dst=1)
+    elif rank == 1:
+        received = torch.zeros(4, device="npu", dtype=torch.bfloat16)
+        dist.recv(received, src=0)
+        same(received, torch.full((4,), 7.0, dtype=torch.bfloat16))
+    dist.barrier()
+
+
+def subsets() -> None:
+    """Groups of some of three processes, in another order of use on each."""
+    rank = dist.get_rank()
+    members = [(0, 2), (1, 2), (0, 1)]
+    groups = [dist.new_group(list(ranks)) for ranks in members]
+    for ranks, group in zip(members, groups, strict=True):
+        if rank in ranks:
+            value = torch.full((5,), float(rank + 1), device="npu")
+            dist.all_reduce(value, group=group)
+            same(value, torch.full((5,), float(sum(ranks) + 2)))
+    dist.barrier()
+
+
+def disagreement() -> None:
+    """Two ranks that reduce different amounts: real HCCL would hang or corrupt memory."""
+    dist.all_reduce(torch.ones(3 + dist.get_rank(), device="npu"))
+
+
+def absence() -> None:
+    """A collective that one rank never joins."""
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(3, device="npu"), group=group)  # the communicator exists
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(3, device="npu"), group=group)
+    torch.distributed.get_world_size()
+    input_never_comes()
+
+
+def input_never_comes() -> None:
+    import time
+
+    time.sleep(60)
+
+
+def fused_operators() -> None:
+    """torch_npu's fused operators, forward and backward, against plain PyTorch on the CPU."""
+    import torch_npu  # type: ignore[import-not-found]
+
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    hidden = torch.ones(2048, 2048, dtype=torch.bool, device="npu").triu(1)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
+        x, weight, grad = random(3, 5, 16, dtype=dtype), random(16, dtype=dtype), random(3, 5, 16, dtype=dtype)
+        compare(
+            lambda x, w: torch_npu.npu_rms_norm(x, w, epsilon=1e-5)[0],
+            lambda x, w: F.rms_norm(x, (16,), w, 1e-5),
+            [x, weight], grad, tolerance,
+        )  # fmt: skip
+        compare(
+            lambda x: torch_npu.npu_swiglu(x, dim=-1),
+            lambda x: F.silu(x[..., :8]) * x[..., 8:],
+            [x], grad[..., :8], tolerance,
+        )  # fmt: skip
+        angles = random(9, 1, 1, 8, dtype=torch.float32)
+        cos, sin = (torch.cat([f, f], -1).to(dtype) for f in (angles.cos(), angles.sin()))
+        compare(
+            lambda x: torch_npu.npu_rotary_mul(x, cos.npu(), sin.npu()),
+            lambda x: x * cos + torch.cat([-x[..., 8:], x[..., :8]], -1) * sin,
+            [random(9, 2, 4, 16, dtype=dtype)], random(9, 2, 4, 16, dtype=dtype), tolerance,
+        )  # fmt: skip
+        for heads, groups in ((4, 4), (4, 2), (6, 1)):
+            q, grad = random(2, heads, 9, 16, dtype=dtype), random(2, heads, 9, 16, dtype=dtype)
+            k, v = random(2, groups, 9, 16, dtype=dtype), random(2, groups, 9, 16, dtype=dtype)
+            compare(
+                lambda q, k, v, n=heads: torch_npu.npu_fusion_attention(
+                    q, k, v, n, "BNSD", atten_mask=hidden, scale=0.3, sparse_mode=2
+                )[0],
+                lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True),
+                [q, k, v], grad, tolerance,
+            )  # fmt: skip
+    assert torch_npu.npu_dtype_cast(torch.ones(2, device="npu"), torch.bfloat16).dtype == torch.bfloat16
+
+
+def random_numbers() -> None:
+    """The generator's state decides dropout, also inside fused attention and its derivative."""
+    import torch_npu
+
+    torch.npu.manual_seed(5)
+    x = torch.ones(64, 64, device="npu")
+    state = torch.npu.get_rng_state()
+    first, second = F.dropout(x, 0.5), F.dropout(x, 0.5)
+    assert not torch.equal(first, second)
+    torch.npu.set_rng_state(state)
+    assert torch.equal(F.dropout(x, 0.5), first)
+    assert 0.4 < (first == 0).float().mean().item() < 0.6
+    torch.npu.manual_seed(5)
+    assert torch.equal(torch.npu.get_rng_state(), state)
+
+    # the sum of dropout(p) v over v is linear in v: its derivative applied to v gives the output back
+    q, k = torch.randn(1, 2, 32, 16, device="npu"), torch.randn(1, 2, 32, 16, device="npu")
+    v = torch.randn(1, 2, 32, 16, device="npu", requires_grad=True)
+    out = torch_npu.npu_fusion_attention(q, k, v, 2, "BNSD", scale=0.25, keep_prob=0.8)[0]
+    undropped = torch_npu.npu_fusion_attention(q, k, v, 2, "BNSD", scale=0.25)[0]
+    assert not torch.allclose(out, undropped)
+    weight = torch.randn_like(out)
+    (grad,) = torch.autograd.grad((out * weight).sum(), v)
+    torch.testing.assert_close((grad * v).sum(), (out * weight).sum(), rtol=1e-4, atol=1e-4)
+
+
+def product() -> None:
+    """modellink_lora's NPU device: what it says about itself, fused paths against its reference, fallbacks."""
+    from modellink_lora.device import get_device
+    from modellink_lora.device.base import Device
+    from modellink_lora.device.npu import NpuDevice
+    from tests.npu_sim.simulator import calls
+
+    device = get_device("auto")
+    assert isinstance(device, NpuDevice), device
+    assert device.activate(dist.get_rank()) == torch.device("npu", dist.get_rank())
+    assert "Ascend910B1" in device.describe() and "torch_npu 2.13.0" in device.describe(), device.describe()
+    assert device.supports(torch.bfloat16)
+    device.seed(3)
+    state = device.rng_state()
+    drawn = torch.rand(4, device="npu")
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(4, device="npu"), drawn)
+    block = torch.empty(MEBI, device="npu")
+    assert device.memory()["allocated"] >= block.nbytes and device.memory()["max reserved"] >= block.nbytes
+    device.synchronize()
+
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
+        for causal in (True, False):
+            shapes = [random(2, heads, 7, 8, dtype=dtype) for heads in (4, 2, 2)]
+            compare(
+                lambda q, k, v, c=causal: device.attention(q, k, v, causal=c, scale=0.4, dropout=0.0),
+                lambda q, k, v, c=causal: Device.attention(device, q, k, v, causal=c, scale=0.4, dropout=0.0),
+                shapes, random(2, 4, 7, 8, dtype=dtype), tolerance,
+            )  # fmt: skip
+        compare(
+            lambda x, w: device.rms_norm(x, w, 1e-6),
+            lambda x, w: Device.rms_norm(device, x, w, 1e-6),
+            [random(6, 2, 32, dtype=dtype), random(32, dtype=dtype)], random(6, 2, 32, dtype=dtype), tolerance,
+        )  # fmt: skip
+    assert calls["npu::npu_fusion_attention"] == 4 and calls["npu::npu_rms_norm"] == 2, calls
+
+    # more heads than the fused operator takes: the reference answers
+    many = [random(1, 257, 3, 4, dtype=torch.float32) for _ in range(3)]
+    compare(
+        lambda q, k, v: device.attention(q, k, v, causal=True, scale=0.5, dropout=0.0),
+        lambda q, k, v: Device.attention(device, q, k, v, causal=True, scale=0.5, dropout=0.0),
+        many, random(1, 257, 3, 4, dtype=torch.float32), 2e-5,
+    )  # fmt: skip
+    assert calls["npu::npu_fusion_attention"] == 4, calls
+
+
+def same(on_device: Tensor, expected: Tensor) -> None:
+    assert on_device.device.type == "npu", on_device.device
+    assert torch.equal(on_device.cpu(), expected), f"{on_device.cpu()[:5]} instead of {expected[:5]}"
+
+
+def compare(on_npu, on_cpu, inputs: list[Tensor], grad: Tensor, tolerance: float) -> None:  # type: ignore[no-untyped-def]
+    """Outputs and gradients of two functions of the same inputs, one on each device."""
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    ours = [x.npu().requires_grad_() for x in inputs]
+    expected, actual = on_cpu(*theirs), on_npu(*ours)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance, atol=tolerance)
+    expected.backward(grad)
+    actual.backward(grad.npu())
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(
+            mine.grad.cpu(), other.grad, rtol=tolerance, atol=tolerance * 4, msg=lambda text, i=i: f"input {i}: {text}"
+        )
+
+
+PROGRAMS = {
+    function.__name__: function
+    for function in (
+        collectives, point_to_point, subsets, disagreement, absence, fused_operators, random_numbers, product,
+    )  # fmt: skip
+}
+
+
+def main() -> None:
+    import os
+
+    torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,npu:hccl")
+    PROGRAMS[sys.argv[1]]()
+    print(f"rank {dist.get_rank()} has done {sys.argv[1]}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every family: a model of transformers' own class and ours from its weights give equal logits at TP1, TP2 and PP2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.spawn import run
+from tests.helpers.tiny import tiny_model
+from tests.helpers.training import hf_to_megatron
+
+TOLERANCE = 1e-5  # of the greatest logit, fp32
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tied": True}),
+    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "llama3-scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-head-dim": ("llama", {"head_dim": 32}),
+    "llama-multi-head": ("llama", {"num_key_value_heads": 4}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tied": True}),
+    "qwen3": ("qwen3", {}),
+}
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+}
+IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def our_logits(root: str, parallel: dict[str, Any]) -> list[torch.Tensor]:
+    """Logits of the base in `root` on this world's layout."""
+    from modellink_lora.config.adapter import LoraConfig
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.device import get_device
+    from modellink_lora.inference.logits import forward_logits
+    from modellink_lora.parallel.context import make_context
+    from modellink_lora.parallel.random import seed_everything
+    from modellink_lora.training.base import open_base
+    from modellink_lora.training.setup import set_up
+
+    device = get_device("cpu")
+    context = make_context(ParallelConfig(**parallel), torch.device("cpu"))
+    seed_everything(1, context, device)
+    base = open_base(root, {}, tp=context.tp_size, seed=1, use_mcore_models=None)
+    setup = set_up(base, LoraConfig(), None, context, device, dtype="fp32", seed=1, overrides={})
+    return forward_logits(setup.model, IDS, context)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[torch.Tensor]]]:
+    """Name -> converted checkpoint and transformers' logits."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("families")
+    result = {}
+    for name, (family, settings) in MODELS.items():
+        hf = tiny_model(family, folder / f"{name}-hf", **settings)
+        model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+        with torch.no_grad():
+            logits = [model(torch.tensor([row])).logits[0] for row in IDS]
+        result[name] = (hf_to_megatron(hf, folder / f"{name}-mg"), logits)
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_equal_transformers(layout: str, models: dict[str, tuple[Path, list[torch.Tensor]]]) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    for name, (root, expected) in models.items():
+        found = run(our_logits, world_size=world_size, root=str(root), parallel=parallel)[0]
+        for f, e in zip(found, expected, strict=True):
+            error = float((f - e).abs().max() / e.abs().max())
+            assert error < TOLERANCE, f"{name} at {layout}: {error:.1e}"
+
+
+def test_each_rope_setting_changes_the_logits(models: dict[str, tuple[Path, list[torch.Tensor]]]) -> None:
+    plain = models["llama"][1][0]
+    for name in ("llama-theta", "llama3-scaling", "linear-scaling"):
+        error = float((models[name][1][0] - plain).abs().max() / plain.abs().max())
+        assert error > 100 * TOLERANCE, f"{name} would pass with the setting ignored"
