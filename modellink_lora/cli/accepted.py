@@ -83,8 +83,8 @@ REFUSED: dict[str, str] = {
     ),
     "is-pairwise-dataset": "preference training (DPO, reward models) is not available; use an instruction data set",
     "lora-modules-to-save": (
-        "training further modules in full beside the adapter is not available; train without it, or all weights by "
-        "leaving out --lora-target-modules"
+        "training further modules in full beside the adapter is not available; adapt more layers with "
+        "--lora-target-modules instead"
     ),
     "tokenizer-kwargs": "set the option in tokenizer_config.json of the folder given to --tokenizer-name-or-path",
     "load-checkpoint-loosely": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -35,11 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(lambda: job.main(words[1:]))
 
 
+# All processes of a run usually fail for the same reason. The launcher stops the others once one has ended: those that
+# are not the first wait that long before they speak, so that the reason is read once, and an error of theirs alone too.
+_PATIENCE_SECONDS = 2.0
+
+
 def run(job: Callable[[], int | None]) -> int:
     """The exit status of `job`: 1 after one line for an error of the user, 130 after Ctrl-C."""
     try:
         return job() or 0
     except UserError as error:
+        if _rank_prefix():
+            time.sleep(_PATIENCE_SECONDS)
         print(f"{_rank_prefix()}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -66,5 +66,5 @@ class ParallelConfig:
                 raise UserError(
                     f"--tensor-model-parallel-size {tp} does not divide the {size} {what} of this model; "
                     f"heads, groups and ffn allow {', '.join(map(str, divisors))}"
-                    + ("; convert with a --make-vocab-size-divisible-by that fits" if what.startswith("padded") else "")
+                    + ("; leave --padded-vocab-size out and rows are added as needed" if what.startswith("padded") else "")
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
@@ -109,8 +110,10 @@ class TrainConfig:
                 spelling = "--" + name.replace("_", "-")
                 hint = " is missing or too small" if name == "train_iters" else ""
                 raise UserError(f"{spelling} {getattr(self, name)}{hint}: must be at least {low}")
+        if self.save and self.load and Path(self.save).resolve() == Path(self.load).resolve():
+            raise UserError(f"--save {self.save} is also --load: the adapter would take the base's place; name another")
         if self.lr <= 0:
-            raise UserError(f"--lr {self.lr}: give a positive learning rate")
+            raise UserError(f"--lr {self.lr or 'is missing'}: give a positive learning rate")
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"--min-lr {self.min_lr} must lie between 0 and --lr {self.lr}")
         if self.lr_warmup_fraction is not None:

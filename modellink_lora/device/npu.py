@@ -1,5 +1,21 @@
-"""placeholder until the NPU file lands"""
+"""Ascend NPU over HCCL: torch_npu's own interface, megatron-core redirected to it, fused norm and attention."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.device import fused_npu, redirect
 from modellink_lora.device.base import Device
+
+_MINDSPEED = "mindspeed.megatron_adaptor"
 
 
 class NpuDevice(Device):
@@ -8,8 +24,104 @@ class NpuDevice(Device):
 
     @classmethod
     def available(cls) -> bool:
-        return False
+        return not _obstacle()
 
     @classmethod
     def why_unavailable(cls) -> str:
-        return "torch_npu is not installed"
+        return _obstacle()
+
+    def activate(self, local_rank: int) -> torch.device:
+        if _obstacle():
+            raise UserError(_obstacle())
+        count = _npu().device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"process {local_rank} of this host has no NPU: {count} visible; start at most {count} a host "
+                "or widen ASCEND_RT_VISIBLE_DEVICES"
+            )
+        _npu().set_device(local_rank)
+        # MindSpeed redirects megatron-core itself, and more of it; on top of each other they would undo each other
+        if _MINDSPEED not in sys.modules:
+            redirect.install(redirect.NPU)
+        return torch.device("npu", local_rank)
+
+    def synchronize(self) -> None:
+        _npu().synchronize()
+
+    def seed(self, seed: int) -> None:
+        _npu().manual_seed(seed)
+
+    def rng_state(self) -> Tensor:
+        return _npu().get_rng_state()
+
+    def set_rng_state(self, state: Tensor) -> None:
+        _npu().set_rng_state(state)
+
+    def memory(self) -> dict[str, int]:
+        npu = _npu()
+        return {
+            "allocated": npu.memory_allocated(),
+            "max allocated": npu.max_memory_allocated(),
+            "reserved": npu.memory_reserved(),
+            "max reserved": npu.max_memory_reserved(),
+        }
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        if dtype == torch.bfloat16:
+            return bool(_npu().is_bf16_supported())
+        return dtype in (torch.float32, torch.float16)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float) -> Tensor:
+        return fused_npu.attention(q, k, v, causal=causal, scale=scale, dropout=dropout, reference=_plain_attention)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return fused_npu.rms_norm(x, weight, eps, reference=super().rms_norm)
+
+    def describe(self) -> str:
+        torch_npu = importlib.import_module("torch_npu")
+        redirected = ", MindSpeed" if _MINDSPEED in sys.modules else ""
+        return (
+            f"{_npu().get_device_name()}, CANN {_cann_version()}, HCCL, torch_npu {torch_npu.__version__}, "
+            f"torch {torch.__version__}{redirected}"
+        )
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float) -> Tensor:
+    """Attention out of matmul and softmax. F.scaled_dot_product_attention would end in the same fused kernel on NPU."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # [b, g, s, d] -> [b, n, s, d]
+    scores = (q @ k.mT).float() * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+
+
+@functools.cache
+def _obstacle() -> str:
+    """Why this process cannot use an NPU and what to do; empty when it can. Loads torch_npu, once."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed; install the torch-npu release that belongs to your torch and CANN"
+    try:
+        importlib.import_module("torch_npu")
+        count = _npu().device_count()
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return (
+            f"torch_npu does not load ({lines[0]}); source CANN's set_env.sh before Python and check that torch "
+            f"{torch.__version__}, torch_npu and CANN are releases that belong together"
+        )
+    if not count:
+        return "torch_npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
+    return ""
+
+
+def _npu():  # type: ignore[no-untyped-def]  # torch.npu exists once torch_npu is loaded
+    return torch.npu  # type: ignore[attr-defined]
+
+
+def _cann_version() -> str:
+    try:
+        return str(importlib.import_module("torch_npu.npu.utils").get_cann_version()) or "unknown"
+    except (ImportError, AttributeError, OSError, RuntimeError):
+        return "unknown"

@@ -197,5 +197,24 @@ def _cpu_cuda() -> _Overlay:
     )
 
 
+def _npu_cuda() -> _Overlay:
+    npu = torch.npu  # type: ignore[attr-defined]
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    state = {
+        "get_rng_state": lambda device="cuda": npu.get_rng_state(),  # its own default would be "npu"
+        "set_rng_state": lambda state, device="cuda": npu.set_rng_state(state),
+    }
+    return _Overlay(
+        npu,
+        {
+            **state,
+            "random": _Overlay(npu.random, state),
+            "nvtx": _Overlay(torch.cuda.nvtx, {"range_push": nothing, "range_pop": nothing}),
+        },
+    )
+
+
 CPU = Redirect("cpu", _cpu_cuda, own_tracker=True)
-NPU = Redirect("npu", lambda: torch.npu, own_tracker=False)  # type: ignore[attr-defined]
+NPU = Redirect("npu", _npu_cuda, own_tracker=False)

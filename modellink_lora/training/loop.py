@@ -15,6 +15,7 @@ import torch.distributed as dist
 from modellink_lora import __version__
 from modellink_lora.adapters.targets import trainable_table
 from modellink_lora.checkpoint.adapter import AdapterMeta
+from modellink_lora.checkpoint.store import TRACKER, read_tracker
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
@@ -73,17 +74,19 @@ def fine_tune(
     model = wrap_data_parallel(setup.model)
     optimizer = make_optimizer(train, model)
     scheduler = make_scheduler(train, optimizer, run_data.batch_size)
+    root = Path(train.save) if train.save else None
     progress, told = Progress(data=run_data.order), []
     parts: dict[str, Any] = dict(layers=setup.layers, linears=setup.linears, optimizer=optimizer, scheduler=scheduler,
                                  context=context, device=device)  # fmt: skip
+    if root and (root / TRACKER).is_file() and not (adapter and not train.finetune):
+        told = [f"warning: --save {root} holds a run that ended at {read_tracker(root, flag='--save')}; it is overwritten"]
     if adapter and not train.finetune:
         progress, told = resume(
             adapter, **parts, load_optimizer=not train.no_load_optim, load_rng=not train.no_load_rng,
             data=run_data.order,
         )  # fmt: skip
     elif adapter:
-        told = [f"--finetune: starting at iteration 0 from the weights of {adapter.folder}"]
-    root = Path(train.save) if train.save else None
+        told += [f"--finetune: starting at iteration 0 from the weights of {adapter.folder}"]
     reporter = Reporter(
         speaks=context.is_main, folder=root, tensorboard=train.tensorboard_dir,
         start=progress.iteration, total=train.train_iters,

@@ -44,7 +44,7 @@ def choose_lora(given: Mapping[str, Any], lora_load: str | None) -> tuple[LoraCo
     given = dict(given)
     if given.get("target_modules"):
         given["target_modules"] = resolve_targets(given["target_modules"])
-    if lora_load is None:
+    if not lora_load:
         return LoraConfig(**{**given, "target_modules": resolve_targets(given.get("target_modules", ()))}), None
     LoraConfig(**given)  # range checks come before the comparison
     adapter = open_adapter(Path(lora_load))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.helpers.spawn import run
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.training import TARGETS, fine_tune_here, hf_to_megatron, train_flags, write_corpus
 
 TOLERANCE = 1e-5  # of the largest logit, in fp32
@@ -40,7 +40,7 @@ def logits_here(*, parallel: dict[str, Any], **config: Any) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a Hugging Face model `hf`, the same as `mg`, an adapter `lora` trained at TP2, and prompts."""
     folder = tmp_path_factory.mktemp("logits")
-    hf_to_megatron(tiny_model("llama", folder / "hf", tokenizer=True), folder / "mg")
+    hf_to_megatron(tiny_model("llama", folder / "hf"), folder / "mg")
     (folder / "prompts.json").write_text(json.dumps(PROMPTS))
     run(
         fine_tune_here,
@@ -50,6 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parallel=TP2_SP,
         lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
     )
+    tiny_tokenizer(folder / "mg" / "hf")  # after the training, whose generated data name no tokenizer
     return folder
 
 

@@ -18,6 +18,11 @@ from tests.npu_sim.simulator import draw_seed, host_generator
 
 _COMPRESSED_MASK = (2048, 2048)
 _MASKED = torch.finfo(torch.float32).min
+# A ScalarType argument arrives as its number in c10/core/ScalarType.h.
+_DTYPES = {
+    0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,
+    7: torch.float64, 11: torch.bool, 15: torch.bfloat16,
+}  # fmt: skip
 
 
 # ---- rms norm
@@ -205,8 +210,8 @@ def dropout_backward(grad: Tensor, kept: Tensor, p: float) -> Tensor:
     return grad * kept.to(grad.dtype) / (1 - p)
 
 
-def dtype_cast(x: Tensor, dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
-    return x.to(dtype)
+def dtype_cast(x: Tensor, dtype: torch.dtype | int, *_: Any, **__: Any) -> Tensor:
+    return x.to(_DTYPES[dtype] if isinstance(dtype, int) else dtype)
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

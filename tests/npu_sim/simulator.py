@@ -45,6 +45,8 @@ def install() -> None:
             aten.impl(name.removeprefix("aten::"), _kernel(operator, name), "PrivateUse1", allow_override=True)
     for name, function in {"copy_": _copy, "matmul_backward": _matmul_backward, "one_": _one}.items():
         aten.impl(name, function, "PrivateUse1", allow_override=True)
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):
+        aten.impl("scaled_dot_product_attention", _attention, key, allow_override=True)
     npu = torch.library.Library("npu", "IMPL")
     for name, function in fused_ops.KERNELS.items():
         npu.impl(name, _on_host(f"npu::{name}", function), "PrivateUse1", allow_override=True)
@@ -215,6 +217,11 @@ def _one(tensor: Tensor) -> Tensor:
     """torch_npu's own in-place operator."""
     host_view(tensor).fill_(1)
     return tensor
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """torch_npu sends this one past the dispatcher to its fused kernel; here it is made of operators that we replace."""
+    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 
 def _matmul_backward(grad: Tensor, left: Tensor, right: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:

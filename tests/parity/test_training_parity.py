@@ -15,7 +15,7 @@ from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import TARGETS, adapter_tensors, fine_tune_here, hf_to_megatron, losses, train_flags, write_corpus
 
-STEPS, R, ALPHA, LR, SEED = 50, 4, 8.0, 1e-2, 1234
+STEPS, R, ALPHA, LR, SEED = 50, 4, 8.0, 5e-3, 1234
 # fp32: a relative difference of 1e-7 per operation, in sums whose order differs between layouts, grows over 50 steps
 LOSS_TOLERANCE, ADAPTER_TOLERANCE = 1e-5, 1e-4
 MODELS = {"llama-tied": ("llama", True), "llama-untied": ("llama", False), "qwen2-tied": ("qwen2", True),

@@ -33,14 +33,17 @@ def test_an_unknown_job_is_status_2_with_the_choices(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("rank", "prefix"), [(None, ""), ("0", ""), ("3", "[rank 3] ")])
-def test_a_user_error_is_one_line_that_names_a_later_rank(
+def test_a_user_error_is_one_line_and_a_later_rank_gives_the_launcher_time_to_stop_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str | None, prefix: str
 ) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("modellink_lora.cli.main.time.sleep", waited.append)
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     assert run(fail_for_user) == 1
     assert capsys.readouterr().err == f"{prefix}error: --load x: no such folder give one that exists\n"
+    assert waited == ([2.0] if prefix else [])
 
 
 def test_interrupting_is_status_130_and_success_0() -> None:

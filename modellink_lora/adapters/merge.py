@@ -1,0 +1,66 @@
+"""W' = W + scaling * B A, computed so that every layout and block size gives the same bits. Pure tensor arithmetic.
+
+The factors have at most 24 significant bits, so each product b * a is exact in fp64 and only the order of the r
+additions could matter: it is fixed here, rank by rank, element by element (a matrix product would choose its own).
+The sum is rounded once, to the dtype asked for. Letters: r rank; W is [out, in], B [out, r], A [r, in].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged weight and what the merge did to it."""
+
+    weight: Tensor
+    largest_change: float  # max |scaling * B A|, before rounding
+    largest_rounding: float  # max |weight - exact sum|
+
+
+def merge(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype | None = None, rows: int = 64
+) -> Merged:
+    """The weight with its adapter folded in, in `dtype` (the weight's own by default).
+
+    Args:
+        rows: output rows in memory as fp64 at a time; it changes speed only.
+    """
+    assert lora_A.dtype != torch.float64 != lora_B.dtype, "products of fp64 factors would not be exact"
+    assert lora_A.shape[0] == lora_B.shape[1] and weight.shape == (lora_B.shape[0], lora_A.shape[1])
+    result = torch.empty(weight.shape, dtype=dtype or weight.dtype)
+    a = lora_A.double()  # [r, in]
+    change = rounding = 0.0
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        b = lora_B[block].double()  # [rows, r]
+        exact = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
+        for k in range(a.shape[0]):
+            exact.addcmul_(b[:, k : k + 1], a[k : k + 1])
+        # two operations, not add(..., alpha=): a fused multiply-add would round differently where it is not available
+        exact.mul_(scaling)
+        change = max(change, exact.abs().max().item())
+        exact.add_(weight[block].double())
+        result[block] = round_once(exact, result.dtype)
+        rounding = max(rounding, (result[block].double() - exact).abs().max().item())
+    return Merged(result, change, rounding)
+
+
+def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp64 rounded to nearest, ties to even.
+
+    torch takes 16-bit types through fp32 and so rounds twice. Rounding to fp32 "to odd" first (an inexact value keeps a
+    set last bit) carries enough into the second rounding to make it the only one that counts.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return exact.to(dtype)
+    nearest = exact.float()
+    back = nearest.double()
+    bits = nearest.view(torch.int32)  # sign and magnitude: subtracting 1 steps towards zero
+    truncated = bits - (back.abs() > exact.abs()).int()
+    odd = torch.where(back == exact, bits, truncated | 1)
+    return torch.where(exact.isfinite(), odd.view(torch.float32), nearest).to(dtype)

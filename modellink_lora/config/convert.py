@@ -1,0 +1,102 @@
+"""What a conversion reads, where it writes, and in which layout: `convert_ckpt.py`'s flags, new and old spellings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.flag import flag
+from modellink_lora.config.parallel import parse_layer_list
+
+_LOADERS = {"llama2_hf": "hf", "megatron": "mg"}
+_SAVE_TYPES = {
+    "mg": "mg",
+    "megatron": "mg",
+    "hf": "hf",
+    "save_huggingface_llama": "hf",
+    "save_huggingface_qwen": "hf",
+    "peft": "peft",
+}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Conversion"""
+
+    save_dir: str = flag("", "where the result goes; a Hugging Face model goes into SAVE_DIR/mg2hg")
+    load_dir: str | None = flag(None, "checkpoint to read: a Hugging Face model folder or a Megatron checkpoint")
+    load_model_type: str | None = flag(None, "what --load-dir holds", choices=("hf", "mg"))
+    save_model_type: str | None = flag(
+        None, "what to write; peft exports the adapter of --lora-load alone", choices=tuple(_SAVE_TYPES)
+    )
+    model_type_hf: str | None = flag(None, "model family; config.json decides, this is compared with it")
+    lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
+    target_tensor_parallel_size: int | None = flag(None, "tensor parallel size of the result; default 1")
+    target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1")
+    num_layer_list: str | None = flag(None, "layers of each pipeline stage of the result, e.g. 6,8,8,10")
+    params_dtype: str | None = flag(
+        None, "dtype of the result; default that of the weights read", choices=("fp32", "bf16", "fp16")
+    )
+    make_vocab_size_divisible_by: int | None = flag(
+        None, "pad the vocabulary to a multiple of this times TP; default 1, or as it is where that still divides"
+    )
+    use_mcore_models: bool = flag(False, "write megatron-core names, and read them unless --load-from-legacy")
+    load_from_legacy: bool = flag(False, "--load-dir holds legacy names")
+    save_to_legacy: bool = flag(False, "write legacy names")
+    add_qkv_bias: bool = flag(False, "the model has biases on q, k and v; compared with the checkpoint")
+    base_model_name_or_path: str | None = flag(None, "base model to name in an exported PEFT adapter")
+    dry_run: bool = flag(False, "print the plan and write nothing")
+    loader: str | None = flag(None, "older spelling of --load-model-type", choices=tuple(_LOADERS))
+    saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
+
+    def __post_init__(self) -> None:
+        if not self.save_dir:
+            raise UserError("--save-dir is missing: say where the result goes")
+        if self.loader and self.load_model_type and _LOADERS[self.loader] != self.load_model_type:
+            raise UserError(f"--loader {self.loader} contradicts --load-model-type {self.load_model_type}: give one")
+        if self.target == "peft":
+            if not self.lora_load:
+                raise UserError("--save-model-type peft exports an adapter: name it with --lora-load")
+        elif not self.load_dir:
+            raise UserError("--load-dir is missing: name the checkpoint to convert")
+        for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.save_to_legacy and self.load_from_legacy:
+            raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
+        if self.target != "mg":
+            for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
+                if (getattr(self, name) or 1) != 1:
+                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg; a {self.target} result has one file set")
+
+    @property
+    def source(self) -> str:
+        """`hf` or `mg`."""
+        return self.load_model_type or _LOADERS[self.loader or "megatron"]
+
+    @property
+    def target(self) -> str:
+        """`hf`, `mg` or `peft`."""
+        if self.save_model_type:
+            return _SAVE_TYPES[self.save_model_type]
+        if self.saver or self.loader or self.source == "hf":
+            return "mg"
+        raise UserError("--save-model-type is missing: say mg, hf or peft")
+
+    @property
+    def keeps_layout(self) -> bool:
+        """With the older spelling, a target size left out means that of the source."""
+        return self.load_model_type is None and self.loader is not None
+
+    @property
+    def layer_list(self) -> tuple[int, ...] | None:
+        return parse_layer_list(self.num_layer_list) if self.num_layer_list else None
+
+    def spelling(self, source: str | None) -> str:
+        """`mcore` or `legacy` names of a Megatron result; `source` is the spelling read, None for Hugging Face."""
+        if self.save_to_legacy:
+            return "legacy"
+        if self.use_mcore_models:
+            return "mcore"
+        return source or "legacy"

@@ -1,0 +1,125 @@
+"""What a conversion will do, as a value that can be printed before anything is written. Pure: no file is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig, pad_vocab
+from modellink_lora.models.family import Family, TensorSpec
+from modellink_lora.models.shapes import full_shape
+from modellink_lora.parallel.partition import Partition
+
+
+@dataclass(frozen=True)
+class Move:
+    """One Megatron tensor on its way: what it is made of and whether an adapter is folded in."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]  # of the result, on one process
+    rank: int | None  # LoRA rank of the adapter merged into it
+
+    @property
+    def module(self) -> str:
+        return self.spec.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of moves and the layout of the result."""
+
+    title: str
+    config: ModelConfig  # of the result
+    dtype: torch.dtype
+    tp: int
+    partition: Partition
+    moves: tuple[Move, ...]
+
+    def table(self) -> str:
+        """One line per kind of tensor, for people."""
+        kinds: dict[str, list[Move]] = {}
+        for move in self.moves:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", move.spec.name), []).append(move)
+        rows = [("tensor", "count", "shape", "over TP", "adapter")]
+        for kind, moves in kinds.items():
+            merged = f"+ rank {moves[0].rank}" if moves[0].rank else ""
+            if 0 < sum(move.rank is not None for move in moves) < len(moves):
+                merged = "+ in some layers"
+            layout = type(moves[0].spec.layout).__name__
+            rows.append((kind, str(len(moves)), str(list(moves[0].shape)), layout, merged))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        body = ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        stages = ",".join(map(str, self.partition.counts))
+        total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace("torch.", "")
+        return "\n".join([self.title, *body, f"{total}, TP {self.tp}, layers per stage {stages}"])
+
+
+def make_plan(
+    title: str,
+    family: Family,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    tp: int,
+    partition: Partition,
+    ranks: Mapping[str, int],
+) -> Plan:
+    """The plan of writing a model of `config`.
+
+    Args:
+        ranks: adapted module -> LoRA rank, from `adapted_ranks`.
+    """
+    moves = tuple(
+        Move(spec, full_shape(spec.name, config), ranks.get(spec.name.removesuffix(".weight")))
+        for spec in family.tensors(config)
+    )
+    return Plan(title, config, dtype, tp, partition, moves)
+
+
+def padded(config: ModelConfig, tp: int, divisible_by: int | None) -> ModelConfig:
+    """`config` with the vocabulary padded for `tp`: as asked for, else left alone where that still divides."""
+    multiple = divisible_by or config.make_vocab_size_divisible_by
+    rows = config.padded_vocab_size
+    if divisible_by is not None or rows % tp:
+        rows = pad_vocab(config.vocab_size, multiple * tp)
+    return dataclasses.replace(config, padded_vocab_size=rows, make_vocab_size_divisible_by=multiple)
+
+
+def check_layout(config: ModelConfig, tp: int) -> None:
+    """Raise UserError when heads, groups or ffn rows do not divide over `tp` processes."""
+    for what, size in (
+        ("attention heads", config.num_attention_heads),
+        ("query groups", config.num_query_groups),
+        ("ffn rows", config.ffn_hidden_size),
+    ):
+        if size % tp:
+            raise UserError(f"--target-tensor-parallel-size {tp} does not divide the {size} {what} of this model")
+
+
+def adapted_ranks(
+    family: Family, config: ModelConfig, lora: LoraConfig, shapes: Mapping[str, Sequence[int]], *, where: str
+) -> dict[str, int]:
+    """Module -> LoRA rank of an adapter's tensors. Raises UserError where one does not fit the base."""
+    names = {spec.name for spec in family.tensors(config)}
+    ranks = {}
+    for name, a in shapes.items():
+        module, _, factor = name.rpartition(".")
+        if factor != "lora_A":
+            continue
+        if f"{module}.weight" not in names:
+            raise UserError(f"{where}: adapts {module}, which the base model does not have")
+        out_features, in_features = full_shape(f"{module}.weight", config)
+        b = shapes[f"{module}.lora_B"]
+        if a[1] != in_features or b[0] != out_features:
+            raise UserError(
+                f"{where}: {module} has lora_A {list(a)} and lora_B {list(b)}, the base's weight is "
+                f"{[out_features, in_features]}: the adapter belongs to another model"
+            )
+        ranks[module] = lora.rank_of(module)
+    return ranks
