@@ -7,34 +7,26 @@ The sum is rounded once, to the dtype asked for. Letters: r rank; W is [out, in]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Merged:
-    """A merged weight and what the merge did to it."""
-
-    weight: Tensor
-    largest_change: float  # max |scaling * B A|, before rounding
-    largest_rounding: float  # max |weight - exact sum|
+from modellink_lora.config.errors import UserError
 
 
 def merge(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype | None = None, rows: int = 64
-) -> Merged:
+) -> Tensor:
     """The weight with its adapter folded in, in `dtype` (the weight's own by default).
 
     Args:
         rows: output rows in memory as fp64 at a time; it changes speed only.
+    Raises:
+        UserError: a value that was finite is not in the result's dtype.
     """
     assert lora_A.dtype != torch.float64 != lora_B.dtype, "products of fp64 factors would not be exact"
     assert lora_A.shape[0] == lora_B.shape[1] and weight.shape == (lora_B.shape[0], lora_A.shape[1])
     result = torch.empty(weight.shape, dtype=dtype or weight.dtype)
     a = lora_A.double()  # [r, in]
-    change = rounding = 0.0
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
         b = lora_B[block].double()  # [rows, r]
@@ -42,12 +34,14 @@ def merge(
         for k in range(a.shape[0]):
             exact.addcmul_(b[:, k : k + 1], a[k : k + 1])
         # two operations, not add(..., alpha=): a fused multiply-add would round differently where it is not available
-        exact.mul_(scaling)
-        change = max(change, exact.abs().max().item())
-        exact.add_(weight[block].double())
+        exact.mul_(scaling).add_(weight[block].double())
         result[block] = round_once(exact, result.dtype)
-        rounding = max(rounding, (result[block].double() - exact).abs().max().item())
-    return Merged(result, change, rounding)
+        if not torch.equal(result[block].isfinite(), exact.isfinite()):
+            raise UserError(
+                f"the merged weight reaches {exact.abs().max().item():.3g}, which does not fit {result.dtype}: "
+                "choose --params-dtype bf16 or fp32"
+            )
+    return result
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which linears an adapter covers, with what shapes: the same answer on every layout, computed without a model. Pure."""
+"""Which linears an adapter covers, with what shapes: one answer for every layout, computed without a model. Pure."""
 
 from __future__ import annotations
 

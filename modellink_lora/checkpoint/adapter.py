@@ -68,7 +68,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta
 
 
 def open_adapter(root: Path, *, flag: str = "--lora-load") -> Adapter:
-    """The newest adapter below `root`. Raises UserError when there is none, or files are torn or contradict each other."""
+    """The newest adapter below `root`. Raises UserError when there is none, or its files are torn or disagree."""
     folder = newest(root, flag=flag)
     for name in (META, TENSORS):
         if not (folder / name).is_file():
@@ -111,7 +111,9 @@ def check_flags(adapter: Adapter, given: Mapping[str, Any], *, flag: str = "--lo
 
 
 def _show(value: Any) -> str:
-    return " ".join(value) if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, (tuple, list)):
+        return " ".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def base_fingerprint(config: ModelConfig, read: Callable[[str], Tensor]) -> str:

@@ -19,7 +19,7 @@ def dtype_name(dtype: torch.dtype, *, where: str) -> str:
 
 
 def convert(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
-    """`tensor` in `dtype`. Raises UserError when a finite value becomes infinite (bf16 reaches 3e38, fp16 only 65504)."""
+    """`tensor` in `dtype`. Raises UserError when a finite value becomes infinite (fp16 ends at 65504, bf16 at 3e38)."""
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)

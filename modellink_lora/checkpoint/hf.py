@@ -58,7 +58,7 @@ class _Bin:
     def __init__(self, path: Path) -> None:
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # noqa: BLE001  torch raises half a dozen types for a bad file
+        except Exception as error:  # torch raises half a dozen types for a bad file
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: cannot be read safely ({reason}); save the model as safetensors") from None
 
@@ -90,7 +90,7 @@ class HfFolder:
                 names = sorted(set(weight_map.values()))
                 if missing := [name for name in names if not (self.path / name).is_file()]:
                     raise UserError(f"{index} names {', '.join(missing)}, which the folder lacks: download it again")
-                files = {name: reader(self.path / name) for name in names}
+                files: dict[str, _File] = {name: reader(self.path / name) for name in names}
                 for name, held in {name: set(file.names()) for name, file in files.items()}.items():
                     if lost := [key for key, holder in weight_map.items() if holder == name and key not in held]:
                         raise UserError(f"{self.path / name} lacks {lost[0]}, which {index.name} says it holds")
@@ -155,7 +155,9 @@ class HfModel:
             full = torch.empty(0)
         if tuple(full.shape) != (expected := full_shape(name, self.config)):
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(spec.hf, parts, strict=True))
-            raise UserError(f"{self.folder.path}: {shapes} do not make the {expected} that config.json implies for {name}")
+            raise UserError(
+                f"{self.folder.path}: {shapes} do not make the {expected} that config.json implies for {name}"
+            )
         return full
 
 
@@ -216,12 +218,14 @@ def write_hf_folder(
             total += _bytes(tensor)
         flush()
         assert not remaining, f"never written: {_some(sorted(remaining))}"
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             final = _shard_name(number, len(shards))
             (temporary / _shard_name(number, 0)).rename(temporary / final)
             weight_map |= dict.fromkeys(names, final)
-        _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(
+            temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
 
 def _shard_name(number: int, count: int) -> str:

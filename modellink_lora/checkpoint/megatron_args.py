@@ -21,8 +21,7 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 # Fields that a file of another program may have wrong; a flag replaces them instead of contradicting them.
 _UNRELIABLE = {
     "rotary_base", "rope_scaling_type", "rope_scaling_factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by", "num_query_groups",
-    "add_qkv_bias", "qk_layernorm",
+    "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by",
 }  # fmt: skip
 
 
@@ -44,7 +43,11 @@ def model_config(
             raise UserError(f"{where}: args say {args.num_layers} layers, the files hold {sizes['num_layers']}")
         stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
     config = ModelConfig(**_typed({**stored, **sizes}, where))
-    rest = flags if complete else {name: value for name, value in flags.items() if name in sizes or name not in _UNRELIABLE}
+    rest = (
+        flags
+        if complete
+        else {name: value for name, value in flags.items() if name in sizes or name not in _UNRELIABLE}
+    )
     return config.with_flags(dict(rest), where)
 
 

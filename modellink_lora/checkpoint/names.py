@@ -41,7 +41,7 @@ def to_legacy(name: str, *, tied: bool) -> tuple[str, ...]:
         return _TOP[name]
     index, _, rest = name.removeprefix("decoder.layers.").partition(".")
     module, found = _split_module(rest, _LAYER)
-    return ("language_model", "encoder", f"layers.{index}.{found}{rest[len(module):]}")
+    return ("language_model", "encoder", f"layers.{index}.{found}{rest[len(module) :]}")
 
 
 def from_legacy(path: tuple[str, ...]) -> str:
@@ -55,7 +55,7 @@ def from_legacy(path: tuple[str, ...]) -> str:
         raise KeyError(".".join(path))
     _, index, rest = path[-1].split(".", 2)
     module, found = _split_module(rest, _LAYER_FROM_LEGACY)
-    return f"decoder.layers.{index}.{found}{rest[len(module):]}"
+    return f"decoder.layers.{index}.{found}{rest[len(module) :]}"
 
 
 def _split_module(rest: str, table: dict[str, str]) -> tuple[str, str]:

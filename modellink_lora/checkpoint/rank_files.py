@@ -75,9 +75,7 @@ class RankFiles:
         return spec, [self._shards[rank, stage][name] for rank in range(self.tp)]
 
 
-def open_rank_files(
-    root: Path, *, flag: str = "--load", model_flags: Mapping[str, Any] | None = None
-) -> RankFiles:
+def open_rank_files(root: Path, *, flag: str = "--load", model_flags: Mapping[str, Any] | None = None) -> RankFiles:
     """Open the newest checkpoint below `root`.
 
     Sizes, layout, spelling and dtype are taken from the tensors themselves, the rest from the stored args.
@@ -216,8 +214,8 @@ def _flatten(model: Mapping[str, Any], spelling: Spelling, folder: Path) -> Iter
             continue
         if ".base_layer." in name or ".lora_A." in name or ".lora_B." in name:
             raise UserError(
-                f"{folder}: contains LoRA tensors ({name}): base checkpoints with an adapter inside are not read in this "
-                "version; merge it with the program that wrote it"
+                f"{folder}: contains LoRA tensors ({name}): base checkpoints with an adapter inside are not read in "
+                "this version; merge it with the program that wrote it"
             )
         if not isinstance(value, Tensor):
             raise UserError(f"{folder}: {name} is a {type(value).__name__}, expected a tensor")
@@ -246,7 +244,9 @@ def _check_args_layout(args: argparse.Namespace, tp: int, stages: int, folder: P
     for name, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", stages)):
         said = getattr(args, name, found)
         if said != found:
-            raise UserError(f"{folder}: args say {name} {said}, the rank folders make it {found}: files are missing or mixed")
+            raise UserError(
+                f"{folder}: args say {name} {said}, the rank folders make it {found}: files are missing or mixed"
+            )
     if (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or getattr(args, "num_experts", None):
         raise UserError(f"{folder}: is a mixture-of-experts checkpoint: not supported in this version")
 
@@ -294,7 +294,9 @@ def _measure(
     embedding, qkv, proj, fc1, fc2 = (tuple(tensors[name].shape) for name in need.values())
     heads = getattr(args, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1 or proj[1] * tp % heads:
-        raise UserError(f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs")
+        raise UserError(
+            f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs"
+        )
     head_dim = proj[1] * tp // heads
     fields = {
         "num_layers": sum(partition.counts),
@@ -311,9 +313,7 @@ def _measure(
     if not isinstance(getattr(args, "vocab_size", None), int):
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
     if not hasattr(args, "hf_model_type"):
-        fields["hf_model_type"] = (
-            "qwen3" if fields["qk_layernorm"] else "qwen2" if fields["add_qkv_bias"] else "llama"
-        )
+        fields["hf_model_type"] = "qwen3" if fields["qk_layernorm"] else "qwen2" if fields["add_qkv_bias"] else "llama"
     return fields
 
 

@@ -19,7 +19,7 @@ def iteration_folder(root: Path, iteration: int | str) -> Path:
 
 
 def read_tracker(root: Path, *, flag: str) -> int | str:
-    """Iteration of the newest checkpoint below `root`, or "release". Raises UserError naming `flag` if there is none."""
+    """Iteration of the newest checkpoint below `root`, or "release". Raises UserError with `flag` if there is none."""
     if not root.is_dir():
         raise UserError(f"{flag} {root}: no such folder")
     tracker = root / TRACKER

@@ -1,4 +1,4 @@
-"""Reading Megatron's pickled rank files without running what is in them: only what is listed here is ever constructed."""
+"""Reading Megatron's pickled rank files without running what is in them: only what is listed here is constructed."""
 
 from __future__ import annotations
 
@@ -33,10 +33,8 @@ def _rebuild_npu_tensor(
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
 
-def _numpy_internal(name: str) -> Any:
-    # numpy 1 and 2 keep these two functions in modules of different names
-    return getattr(np.core.multiarray if int(np.__version__.split(".")[0]) < 2 else np._core.multiarray, name)
-
+# numpy 1 and 2 keep these two functions in modules of different names; values know their own.
+_NUMPY = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("argparse", "Namespace"): Namespace,
@@ -48,8 +46,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch", "device"): Inert,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", name): _numpy_internal(name)
-       for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+    **{(f"numpy.{core}.multiarray", name): found for core in ("core", "_core") for name, found in _NUMPY.items()},
     **{("builtins", t.__name__): t for t in (set, frozenset, complex, bytearray, slice, list, dict, tuple, int, float,
                                              bool, str, bytes)},
 }  # fmt: skip
@@ -104,7 +101,7 @@ def load_rank_file(path: Path) -> dict[str, Any]:
         document = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE_MODULE)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # noqa: BLE001  torch and pickle raise a dozen types for a bad file
+    except Exception as error:  # torch and pickle raise a dozen types for a bad file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged, cut short or not a checkpoint ({reason})") from None
     if not isinstance(document, dict):

@@ -55,12 +55,16 @@ class Launch:
         )
 
 
-def set_environment_defaults(device: str) -> None:
+def set_environment_defaults(device: str, *, deterministic: bool = False) -> None:
     """Set what kernels read from the environment, where the user has not. Call before the device is first used."""
     if device == "cuda":
         # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
         # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic and device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it in deterministic mode
+    if deterministic and device == "npu":
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

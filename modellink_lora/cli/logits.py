@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parallel.data_parallel_size(launch.world_size)
     device = get_device(config.device if config.device != "auto" else launch.device)
     set_environment_defaults(device.name)
+    quiet()
     torch_device = device.activate(launch.local_rank)
     # imported after the device is active: this imports megatron-core
     from modellink_lora.inference.logits import prompt_logits
 
-    quiet()
     start_processes(
         device.backend,
         rank=launch.rank,

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # All processes of a run usually fail for the same reason. The launcher stops the others once one has ended: those that
 # are not the first wait that long before they speak, so that the reason is read once, and an error of theirs alone too.
-_PATIENCE_SECONDS = 2.0
+# On a busy machine the first needs a few seconds to end.
+_PATIENCE_SECONDS = 10.0
 
 
 def run(job: Callable[[], int | None]) -> int:

@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     parallel = ParallelConfig(**given[ParallelConfig])
     train.batch_size(parallel.data_parallel_size(launch.world_size))
     device = get_device(train.device if train.device != "auto" else launch.device)
-    set_environment_defaults(device.name)
+    set_environment_defaults(device.name, deterministic=train.deterministic)
+    quiet()
     torch_device = device.activate(launch.local_rank)
     # imported after the device is active: these import megatron-core
     from modellink_lora.training.loop import fine_tune
 
-    quiet()
     start_processes(
         device.backend,
         rank=launch.rank,

@@ -18,7 +18,8 @@ class LoraConfig:
     dropout: float = flag(0.0, "dropout on the adapter's input", name="lora-dropout")
     target_modules: tuple[str, ...] = flag(
         (),
-        "linear_qkv linear_proj linear_fc1 linear_fc2, or the legacy names query_key_value dense dense_h_to_4h dense_4h_to_h",
+        "linear_qkv linear_proj linear_fc1 linear_fc2, or by their legacy names "
+        "query_key_value dense dense_h_to_4h dense_4h_to_h",
         name="lora-target-modules",
     )
     use_rslora: bool = flag(False, "scaling alpha / sqrt(r) (arXiv:2312.03732)", name="use-rslora")
@@ -44,9 +45,13 @@ class LoraConfig:
         """Rank of the adapter on `module`, a global module path or its last part."""
         return int(_lookup(self.rank_pattern, module, self.r))
 
+    def alpha_of(self, module: str) -> float:
+        """Alpha of the adapter on `module`."""
+        return float(_lookup(self.alpha_pattern, module, self.alpha))
+
     def scaling_of(self, module: str) -> float:
         """alpha / r of `module`, or alpha / sqrt(r) under rank-stabilised LoRA."""
-        r, alpha = self.rank_of(module), float(_lookup(self.alpha_pattern, module, self.alpha))
+        r, alpha = self.rank_of(module), self.alpha_of(module)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 

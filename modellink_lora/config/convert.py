@@ -68,7 +68,7 @@ class ConvertConfig:
         if self.target != "mg":
             for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
                 if (getattr(self, name) or 1) != 1:
-                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg; a {self.target} result has one file set")
+                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg, not {self.target}")
 
     @property
     def source(self) -> str:

@@ -67,9 +67,13 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 object.__setattr__(self, name, value)
         if self.num_attention_heads % self.num_query_groups:
-            raise UserError(f"{self.num_attention_heads} heads cannot share {self.num_query_groups} query groups evenly")
+            raise UserError(
+                f"{self.num_attention_heads} heads cannot share {self.num_query_groups} query groups evenly"
+            )
         if self.padded_vocab_size < self.vocab_size:
-            raise UserError(f"--padded-vocab-size {self.padded_vocab_size} is below the vocabulary of {self.vocab_size}")
+            raise UserError(
+                f"--padded-vocab-size {self.padded_vocab_size} is below the vocabulary of {self.vocab_size}"
+            )
         for name, supported in (("normalization", "RMSNorm"), ("swiglu", True), ("position_embedding_type", "rope")):
             if getattr(self, name) != supported:
                 raise UserError(
@@ -86,7 +90,9 @@ class ModelConfig:
         h, f, q, kv = self.hidden_size, self.ffn_hidden_size, self.query_width, self.kv_width
         layer = h * (q + 2 * kv) + q * h + 3 * h * f + 2 * h
         layer += (q + 2 * kv) * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
-        return self.num_layers * layer + h + self.vocab_size * h * (2 if self.untie_embeddings_and_output_weights else 1)
+        return (
+            self.num_layers * layer + h + self.vocab_size * h * (2 if self.untie_embeddings_and_output_weights else 1)
+        )
 
     @property
     def query_width(self) -> int:

@@ -61,10 +61,19 @@ class ParallelConfig:
             ("ffn_hidden_size rows", model.ffn_hidden_size),
         ):
             if size % tp:
-                divisors = [d for d in range(1, 65) if model.num_attention_heads % d == 0
-                            and model.num_query_groups % d == 0 and model.ffn_hidden_size % d == 0]
+                divisors = [
+                    d
+                    for d in range(1, 65)
+                    if model.num_attention_heads % d == 0
+                    and model.num_query_groups % d == 0
+                    and model.ffn_hidden_size % d == 0
+                ]
                 raise UserError(
                     f"--tensor-model-parallel-size {tp} does not divide the {size} {what} of this model; "
                     f"heads, groups and ffn allow {', '.join(map(str, divisors))}"
-                    + ("; leave --padded-vocab-size out and rows are added as needed" if what.startswith("padded") else "")
+                    + (
+                        "; leave --padded-vocab-size out and rows are added as needed"
+                        if what.startswith("padded")
+                        else ""
+                    )
                 )

@@ -19,7 +19,9 @@ class SftDataConfig:
     split: str = flag("969, 30, 1", "proportions of training, validation and test samples")
     seq_length: int = flag(0, "longest sample in tokens; longer ones are cut on the right")
     tokenizer_type: str = flag("PretrainedFromHF", "kind of tokenizer", choices=("PretrainedFromHF",))
-    tokenizer_name_or_path: str | None = flag(None, "folder of the Hugging Face tokenizer; default the one kept with --load")
+    tokenizer_name_or_path: str | None = flag(
+        None, "folder of the Hugging Face tokenizer; default the one kept with --load"
+    )
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
     is_instruction_dataset: bool = flag(False, "the data are instruction sets; implied")
     variable_seq_lengths: bool = flag(False, "pad to the longest sample of a micro-batch instead of --seq-length")
@@ -83,13 +85,13 @@ class TrainConfig:
     check_nan: bool = flag(
         True, "go on after a loss that is not finite", name="no-check-for-nan-in-loss-and-grad", inverted=True
     )
-    recompute_granularity: str | None = flag(
-        None, "recompute activations in backward", choices=("full", "selective")
-    )
+    recompute_granularity: str | None = flag(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = flag(None, "which layers a full recompute takes", choices=("uniform", "block"))
     recompute_num_layers: int | None = flag(None, "layers per checkpoint (uniform) or checkpointed layers (block)")
     seed: int = flag(1234, "seed of adapters, data order and dropout")
-    deterministic: bool = flag(False, "only deterministic kernels", name="use-deter-comp", aliases=("deterministic-mode",))
+    deterministic: bool = flag(
+        False, "only deterministic kernels", name="use-deter-comp", aliases=("deterministic-mode",)
+    )
 
     log_interval: int = flag(100, "steps between log lines")
     log_throughput: bool = flag(False, "add TFLOP/s to the log line")
@@ -101,11 +103,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.stage != "sft":
-            raise UserError(f"--stage {self.stage} is not offered: this program fine-tunes on instructions (--stage sft)")
+            raise UserError(
+                f"--stage {self.stage} is not offered: this program fine-tunes on instructions (--stage sft)"
+            )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: choose one")
-        for name, low in (("micro_batch_size", 1), ("train_iters", 1), ("log_interval", 1), ("eval_interval", 1),
-                          ("eval_iters", 0), ("exit_interval", 0), ("save_interval", 0), ("global_batch_size", 0)):  # fmt: skip
+        at_least_one = ("micro_batch_size", "train_iters", "log_interval", "eval_interval")
+        not_negative = ("eval_iters", "exit_interval", "save_interval", "global_batch_size")
+        for name, low in (*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)):
             if getattr(self, name) < low:
                 spelling = "--" + name.replace("_", "-")
                 hint = " is missing or too small" if name == "train_iters" else ""

@@ -54,9 +54,14 @@ class Plan:
             layout = type(moves[0].spec.layout).__name__
             rows.append((kind, str(len(moves)), str(list(moves[0].shape)), layout, merged))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        body = ["  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        body = [
+            "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         stages = ",".join(map(str, self.partition.counts))
-        total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace("torch.", "")
+        total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace(
+            "torch.", ""
+        )
         return "\n".join([self.title, *body, f"{total}, TP {self.tp}, layers per stage {stages}"])
 
 

@@ -26,7 +26,9 @@ class CudaDevice(Device):
     def activate(self, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise UserError(f"process {local_rank} of this host has no GPU: {count} visible; start at most {count} a host")
+            raise UserError(
+                f"process {local_rank} of this host has no GPU: {count} visible; start at most {count} a host"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 

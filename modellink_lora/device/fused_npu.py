@@ -44,9 +44,9 @@ def attention(
     import torch_npu
 
     masking = {"atten_mask": _compressed_mask(q.device), "sparse_mode": _LEFT_UP_CAUSAL} if causal else {}
-    return torch_npu.npu_fusion_attention(
-        q.contiguous(), k.contiguous(), v.contiguous(), q.shape[1], "BNSD", scale=scale, keep_prob=1.0 - dropout, **masking
-    )[0]  # fmt: skip
+    q, k, v = (x.contiguous() for x in (q, k, v))  # not all CANN releases take strided inputs
+    keep = 1.0 - dropout
+    return torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=scale, keep_prob=keep, **masking)[0]
 
 
 def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:

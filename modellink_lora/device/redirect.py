@@ -2,7 +2,7 @@
 
 Every `megatron.core.*` module gets a stand-in for the name `torch` in which `torch.cuda` is the device's own interface
 and factories called with `device="cuda"` build on the device. The real `torch` module stays as it is, so
-`torch.cuda.is_available()` remains honest for every other library. Three methods cannot be reached that way and are
+`torch.cuda.is_available()` remains honest for every other library. Two methods cannot be reached that way and are
 changed for callers inside megatron.core only. Lines are those of megatron-core 0.16.1.
 
 | redirected                           | because of                                                              |

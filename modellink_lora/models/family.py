@@ -15,7 +15,7 @@ _BRACES = re.compile(r"\{([^}]*)\}")
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One Megatron tensor, the Hugging Face tensors it is made of (`{q,k,v}` lists them, `*` is the layer), its layout."""
+    """One Megatron tensor, the Hugging Face tensors it is made of (`{q,k,v}` lists them, `*` = layer), its layout."""
 
     name: str
     layout: type[Layout]

@@ -44,7 +44,9 @@ class CausalAttention(torch.nn.Module):
     Padding stands on the right, so with a causal flag no real token sees it and no mask is ever built.
     """
 
-    def __init__(self, config: TransformerConfig, *, device: Device, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, device: Device, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
         self.device = device
         self.scale = softmax_scale or config.kv_channels**-0.5

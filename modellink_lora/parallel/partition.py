@@ -22,13 +22,16 @@ class Partition:
             if len(layer_list) != stages:
                 raise UserError(f"--num-layer-list {given} names {len(layer_list)} stages, the layout has {stages}")
             if sum(layer_list) != num_layers:
-                raise UserError(f"--num-layer-list {given} sums to {sum(layer_list)}, the model has {num_layers} layers")
+                raise UserError(
+                    f"--num-layer-list {given} sums to {sum(layer_list)}, the model has {num_layers} layers"
+                )
             return cls(tuple(layer_list))
         if num_layers % stages:
             low = num_layers // stages
             example = ",".join(str(low + (p < num_layers % stages)) for p in range(stages))
             raise UserError(
-                f"{num_layers} layers do not divide over {stages} pipeline stages: say how, e.g. --num-layer-list {example}"
+                f"{num_layers} layers do not divide over {stages} pipeline stages: say how, "
+                f"e.g. --num-layer-list {example}"
             )
         return cls((num_layers // stages,) * stages)
 

@@ -26,7 +26,7 @@ def normal(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tenso
 
 
 def kaiming_uniform(name: str, shape: tuple[int, int], *, seed: int) -> Tensor:
-    """Full fp32 lora_A [r, in] of U(-1/sqrt(in), 1/sqrt(in)): Kaiming with a = sqrt(5), PEFT's and ModelLink's choice."""
+    """Full fp32 lora_A [r, in] of U(-1/sqrt(in), 1/sqrt(in)): Kaiming with a = sqrt(5), as PEFT and ModelLink."""
     bound = 1.0 / math.sqrt(shape[1])
     return (torch.rand(shape, generator=keyed_generator(seed, name)) * 2 - 1) * bound
 

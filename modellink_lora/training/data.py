@@ -67,7 +67,7 @@ class RunData:
         return -(-self.config.seq_length // self.pad_multiple) * self.pad_multiple
 
     def stream(self, split: str, *, consumed_samples: int = 0) -> BatchStream:
-        """Micro-batches of this replica from `consumed_samples` on; training goes through as many epochs as it needs."""
+        """Micro-batches of this replica from `consumed_samples` on; training takes as many epochs as it needs."""
         span = self.splits[split]
         training = split == "train"
         needed = self.train.train_iters * self.batch_size if training else len(span)
@@ -143,7 +143,9 @@ def open_data(
     if data.padded_length != config.seq_length:
         notes.append(f"--seq-length {config.seq_length} padded to {data.padded_length} for sequence parallelism")
     if train.eval_iters and not data.validation_batches("valid"):
-        notes.append(f"no validation: --split {config.split} holds {len(splits['valid'])} samples, fewer than one batch")
+        notes.append(
+            f"no validation: --split {config.split} holds {len(splits['valid'])} samples, fewer than one batch"
+        )
     return data
 
 
@@ -161,5 +163,6 @@ def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: s
         loaded = load_tokenizer(tokenizer, prompt_type=made_with, use_fast=config.use_fast_tokenizer)
         if tokenizer_fingerprint(loaded) != record.get("tokenizer_fingerprint"):
             raise UserError(
-                f"{config.data_path[0]} was made with another tokenizer than {tokenizer}: preprocess again with this one"
+                f"{config.data_path[0]} was made with another tokenizer than {tokenizer}: "
+                "preprocess again with this one"
             )

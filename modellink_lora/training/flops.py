@@ -16,7 +16,8 @@ def lora_step_flops(config: ModelConfig, trainable: int, lengths: list[int]) -> 
     """
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     frozen = config.num_layers * (
-        config.hidden_size * (2 * config.query_width + 2 * config.kv_width) + 3 * config.hidden_size * config.ffn_hidden_size
+        config.hidden_size * (2 * config.query_width + 2 * config.kv_width)
+        + 3 * config.hidden_size * config.ffn_hidden_size
     )
     frozen += config.vocab_size * config.hidden_size
     attention = 3 * 2 * config.num_layers * config.query_width * squares
@@ -36,7 +37,7 @@ def rank_memory(
     master = 0 if adapter_dtype == "fp32" else 4
     width = BYTES[dtype]
     spread = tp if sequence_parallel else 1
-    # per token and layer: two norm inputs and outputs (cut under SP), q k v and attention output, fc1 output, its product
+    # per token and layer: two norm inputs and outputs (cut under SP), q k v, attention output, fc1 output, its product
     cut = (2 * config.query_width + 2 * config.kv_width + 3 * config.ffn_hidden_size) // tp
     layer = (4 * config.hidden_size // spread + cut) * width
     if recompute:

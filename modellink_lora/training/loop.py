@@ -57,7 +57,9 @@ def fine_tune(
     lora, adapter = choose_lora(lora_flags, train.lora_load)
     if not train.load and "vocab_size" not in model_flags and data.tokenizer_name_or_path:
         model_flags = {**model_flags, "vocab_size": len(load_tokenizer(data.tokenizer_name_or_path))}
-    base = open_base(train.load, model_flags, tp=context.tp_size, seed=train.seed, use_mcore_models=train.use_mcore_models)
+    base = open_base(
+        train.load, model_flags, tp=context.tp_size, seed=train.seed, use_mcore_models=train.use_mcore_models
+    )
     tokenizer = data.tokenizer_name_or_path or (str(base.tokenizer_folder) if base.tokenizer_folder else None)
     run_data = open_data(data, train, base.config, context, tokenizer=tokenizer)
     seed_everything(train.seed, context, device)
@@ -79,7 +81,9 @@ def fine_tune(
     parts: dict[str, Any] = dict(layers=setup.layers, linears=setup.linears, optimizer=optimizer, scheduler=scheduler,
                                  context=context, device=device)  # fmt: skip
     if root and (root / TRACKER).is_file() and not (adapter and not train.finetune):
-        told = [f"warning: --save {root} holds a run that ended at {read_tracker(root, flag='--save')}; it is overwritten"]
+        told = [
+            f"warning: --save {root} holds a run that ended at {read_tracker(root, flag='--save')}; it is overwritten"
+        ]
     if adapter and not train.finetune:
         progress, told = resume(
             adapter, **parts, load_optimizer=not train.no_load_optim, load_rng=not train.no_load_rng,
@@ -254,7 +258,8 @@ def _summary(
             ("layout", f"{context.world_size} processes = TP {context.tp_size}{sp} x PP {context.pp_size} "
                        f"(layers {','.join(map(str, setup.partition.counts))}) x DP {context.dp_size}"),
             ("dtype", f"weights {train.dtype}, adapters {lora.dtype or train.dtype}, gradients and masters fp32"),
-            ("adapter", f"r {lora.r}, alpha {lora.alpha:g}, scaling {setup.linears[0].scaling:g}, dropout {lora.dropout:g}"
+            ("adapter", f"r {lora.r}, alpha {lora.alpha:g}, scaling {setup.linears[0].scaling:g}, "
+                        f"dropout {lora.dropout:g}"
                         + (f", from {setup.adapter.folder}" if setup.adapter else ", new")),
             ("data", f"{run_data.config.data_path[0]}: train {len(run_data.splits['train']):,}, "
                      f"validation {len(run_data.splits['valid']):,}, test {len(run_data.splits['test']):,} samples"),

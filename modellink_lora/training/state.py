@@ -57,7 +57,9 @@ def layouts_of(linears: list[AdaptedLinear]) -> dict[str, Layout]:
     return dict(pairs)
 
 
-def gather_full(local: Mapping[str, Tensor], layouts: Mapping[str, Layout], context: ParallelContext) -> dict[str, Tensor]:
+def gather_full(
+    local: Mapping[str, Tensor], layouts: Mapping[str, Layout], context: ParallelContext
+) -> dict[str, Tensor]:
     """Full CPU tensors of all stages on rank 0, nothing elsewhere. Called by every process of replica 0."""
     full = {}
     for name, tensor in local.items():
@@ -111,7 +113,11 @@ def save(
             write_adapter(folder, tensors, meta)
             save_file(state, folder / OPTIMIZER)
             save_file(
-                {f"rank{rank}.{name}": value for rank, states in enumerate(random or []) for name, value in states.items()},
+                {
+                    f"rank{rank}.{name}": value
+                    for rank, states in enumerate(random or [])
+                    for name, value in states.items()
+                },
                 folder / RNG,
             )
             (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n")

@@ -70,7 +70,9 @@ def run_micro_batches(
     sums = torch.zeros(4, dtype=torch.float64 if context.device.type == "cpu" else torch.float32, device=context.device)
     if context.is_last_stage:
         for report in reports:
-            sums += torch.stack([report["mean"], report["total"], report["tokens"], torch.ones_like(report["mean"])]).to(sums)
+            sums += torch.stack(
+                [report["mean"], report["total"], report["tokens"], torch.ones_like(report["mean"])]
+            ).to(sums)
         dist.all_reduce(sums, group=context.dp_group)
     if context.pp_size > 1:
         last = dist.get_process_group_ranks(context.pp_group)[-1]
@@ -80,7 +82,13 @@ def run_micro_batches(
 
 
 def train_step(
-    model: Any, optimizer: Any, batches: Iterator[Batch], context: ParallelContext, *, count: int, shape: tuple[int, int]
+    model: Any,
+    optimizer: Any,
+    batches: Iterator[Batch],
+    context: ParallelContext,
+    *,
+    count: int,
+    shape: tuple[int, int],
 ) -> StepResult:
     """Gradients of one global batch and one AdamW update."""
     model.zero_grad_buffer()

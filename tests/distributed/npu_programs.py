@@ -21,7 +21,7 @@ def collectives() -> None:
     """Every collective against its definition; the longest message takes several slots of the simulated HCCL."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for dtype in (torch.float32, torch.bfloat16, torch.int32):
-        for count in (1, 7, 3 * MEBI // 4 + 5):
+        for count in (1, 7, 600_001):
             each = [(torch.arange(count) % 13 + 1 + r).to(dtype) for r in range(size)]  # small: exact in bf16
             mine = each[rank].npu()
 
@@ -54,7 +54,7 @@ def collectives() -> None:
 
 
 def point_to_point() -> None:
-    """Blocking and batched messages; the longest is longer than the ring it goes through, in both directions at once."""
+    """Blocking and batched messages; the longest is longer than the ring, both ways at once."""
     rank, size = dist.get_rank(), dist.get_world_size()
     after, before = (rank + 1) % size, (rank - 1) % size
     for count in (3, 5 * MEBI):
@@ -127,8 +127,8 @@ def fused_operators() -> None:
         angles = random(9, 1, 1, 8, dtype=torch.float32)
         cos, sin = (torch.cat([f, f], -1).to(dtype) for f in (angles.cos(), angles.sin()))
         compare(
-            lambda x: torch_npu.npu_rotary_mul(x, cos.npu(), sin.npu()),
-            lambda x: x * cos + torch.cat([-x[..., 8:], x[..., :8]], -1) * sin,
+            lambda x, c=cos, s=sin: torch_npu.npu_rotary_mul(x, c.npu(), s.npu()),
+            lambda x, c=cos, s=sin: x * c + torch.cat([-x[..., 8:], x[..., :8]], -1) * s,
             [random(9, 2, 4, 16, dtype=dtype)], random(9, 2, 4, 16, dtype=dtype), tolerance,
         )  # fmt: skip
         for heads, groups in ((4, 4), (4, 2), (6, 1)):
@@ -243,8 +243,15 @@ def compare(on_npu, on_cpu, inputs: list[Tensor], grad: Tensor, tolerance: float
 PROGRAMS = {
     function.__name__: function
     for function in (
-        collectives, point_to_point, subsets, disagreement, absence, fused_operators, random_numbers, product,
-    )  # fmt: skip
+        collectives,
+        point_to_point,
+        subsets,
+        disagreement,
+        absence,
+        fused_operators,
+        random_numbers,
+        product,
+    )
 }
 
 

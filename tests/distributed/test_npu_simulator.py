@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.npu import REPOSITORY, run_on_simulated_npu, simulator_environment, skip_without_simulator
 
 

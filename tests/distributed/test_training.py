@@ -24,7 +24,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_to_megatron(tiny_model("llama", folder / "hf"), folder / "mg")
 
 
-def tune(base: Path, save: Path, parallel: dict[str, Any], *, world_size: int = 2, data: Any = None, **train: Any) -> list[float]:
+def tune(
+    base: Path, save: Path, parallel: dict[str, Any], *, world_size: int = 2, data: Any = None, **train: Any
+) -> list[float]:
     run(
         fine_tune_here,
         world_size=world_size,
@@ -93,7 +95,8 @@ def test_validation_and_test_losses_agree_between_layouts(base: Path, tmp_path: 
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         found[name] = [(r["iteration"], k, r[k]) for r in rows for k in ("validation loss", "test loss") if k in r]
     assert [(i, k) for i, k, _ in found["dp2"]] == [
-        (0, "validation loss"), (4, "validation loss"), (8, "validation loss"), (10, "validation loss"), (10, "test loss"),
+        (0, "validation loss"), (4, "validation loss"), (8, "validation loss"), (10, "validation loss"),
+        (10, "test loss"),
     ]  # fmt: skip
     for name in ("tp2-sp", "pp2"):
         for (*_, value), (*_, expected) in zip(found[name], found["dp2"], strict=True):
@@ -103,7 +106,8 @@ def test_validation_and_test_losses_agree_between_layouts(base: Path, tmp_path: 
 def test_random_weights_are_the_same_model_on_every_layout(base: Path, tmp_path: Path) -> None:
     dims = {
         "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128, "swiglu": True,
-        "normalization": "RMSNorm", "position_embedding_type": "rope", "max_position_embeddings": 128, "vocab_size": 259,
+        "normalization": "RMSNorm", "position_embedding_type": "rope", "max_position_embeddings": 128,
+        "vocab_size": 259,
     }  # fmt: skip
     found = []
     for name, parallel in (("tp2-sp", TP2_SP), ("pp2", PP2)):
@@ -118,3 +122,7 @@ def test_random_weights_are_the_same_model_on_every_layout(base: Path, tmp_path:
         )
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], rel=ROUNDING)
+
+
+def test_deterministic_mode_trains_to_the_same_losses(base: Path, plain: list[float], tmp_path: Path) -> None:
+    assert tune(base, tmp_path, TP2_SP, deterministic=True) == pytest.approx(plain, rel=ROUNDING)

@@ -16,7 +16,7 @@ import torch
 
 from modellink_lora.checkpoint.adapter import AdapterMeta, write_adapter
 from modellink_lora.checkpoint.store import iteration_folder, write_tracker
-from modellink_lora.cli import preprocess
+from modellink_lora.cli import convert, preprocess
 from modellink_lora.cli.main import run
 from modellink_lora.config.adapter import LoraConfig
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -104,13 +104,13 @@ def train_words(files: Files, save: Path, changes: dict[str, object]) -> list[ob
 # fmt: off
 FLAGS_ALONE: list[tuple[str, dict[str, object], str]] = [
     ("a world that TP x PP does not divide", {"tensor-model-parallel-size": 2},
-     "1 processes cannot hold --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1: start a multiple of 2"),
+     "1 processes cannot hold --tensor-model-parallel-size 2 x --pipeline-model-parallel-size 1: start a multiple"),
     ("a global batch that does not divide", {"micro-batch-size": 2, "global-batch-size": 5},
      "--global-batch-size 5 is not a multiple of --micro-batch-size 2 x 1 data-parallel replicas = 2"),
     ("an unknown target", {"lora-target-modules": ["q_proj", "linear_proj"]},
-     "--lora-target-modules q_proj matches no layer; this model has linear_qkv linear_proj linear_fc1 linear_fc2 (legacy "),
+     "--lora-target-modules q_proj matches no layer; this model has linear_qkv linear_proj linear_fc1 linear_fc2 ("),
     ("no target", {"lora-target-modules": None},
-     "--lora-target-modules is missing; this program trains adapters only. Name some of: linear_qkv linear_proj linear_fc1"),
+     "--lora-target-modules is missing; this program trains adapters only. Name some of: linear_qkv linear_proj"),
     ("rank 0", {"lora-r": 0}, "--lora-r 0: the rank must be a whole number of at least 1"),
     ("two precisions", {"fp16": True, "bf16": True}, "--bf16 and --fp16 exclude each other: choose one"),
     ("another stage", {"stage": "dpo"},
@@ -134,11 +134,24 @@ def test_flags_that_cannot_be_meant(
     assert not (tmp_path / "save").exists()
 
 
+def places_for(changes: dict[str, object], files: Files, folder: Path) -> dict[str, Path]:
+    """What the braces of a case stand for; another base is made only where the case needs one."""
+    places = {"root": files.root, "base": files.base, "adapter": files.adapter}
+    places |= {name: folder / name for name in ("empty", "other")}
+    places["empty"].mkdir()
+    if "{other}" in changes.values():
+        hf_to_megatron(
+            tiny_model("llama", folder / "hf", seed=1, tokenizer="lora-load" not in changes), places["other"]
+        )
+    return places
+
+
 # fmt: off
 AGAINST_FILES: list[tuple[str, dict[str, object], str]] = [
-    ("an empty --load", {"load": "{empty}"}, "--load {empty}: holds no checkpoint (latest_checkpointed_iteration.txt is"),
+    ("an empty --load", {"load": "{empty}"}, "--load {empty}: holds no checkpoint (latest_checkpointed_iteration.txt"),
     ("a --load that is not there", {"load": "{root}/gone"}, "--load {root}/gone: no such folder"),
-    ("an empty --lora-load", {"lora-load": "{empty}", "lora-target-modules": None}, "--lora-load {empty}: holds no checkpoint"),
+    ("an empty --lora-load", {"lora-load": "{empty}", "lora-target-modules": None},
+     "--lora-load {empty}: holds no checkpoint"),
     ("an adapter of another base", {"load": "{other}", "lora-load": "{adapter}", "lora-target-modules": None},
      "--lora-load {adapter}/iter_0000005 was trained on another base than --load {other} (fingerprint "),
     ("layers that contradict the checkpoint", {"num-layers": 3},
@@ -146,9 +159,9 @@ AGAINST_FILES: list[tuple[str, dict[str, object], str]] = [
     ("an ffn that contradicts the checkpoint", {"ffn-hidden-size": 14436},
      "--ffn-hidden-size 14436 contradicts --load {base}, which says 128: remove the flag"),
     ("an alpha that contradicts the adapter", {"lora-load": "{adapter}", "lora-alpha": 32, "lora-target-modules": None},
-     "--lora-alpha 32.0 contradicts the adapter --lora-load {adapter}/iter_0000005, which was trained with 8.0: remove"),
+     "--lora-alpha 32 contradicts the adapter --lora-load {adapter}/iter_0000005, which was trained with 8: remove"),
     ("targets that contradict the adapter", {"lora-load": "{adapter}"},
-     "--lora-target-modules linear_qkv linear_proj contradicts the adapter --lora-load {adapter}/iter_0000005, which was "),
+     "--lora-target-modules linear_qkv linear_proj contradicts the adapter --lora-load {adapter}/iter_0000005, which"),
     ("an adapter without optimizer state", {"lora-load": "{adapter}", "lora-target-modules": None},
      "--lora-load {adapter}/iter_0000005: training.json is missing, so the run cannot be resumed; give --finetune"),
     ("data that are not there", {"data-path": "{root}/nowhere"},
@@ -171,14 +184,7 @@ def test_flags_that_contradict_the_files(
     case: tuple[str, dict[str, object], str], files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, changes, message = case
-    places = {"root": files.root, "base": files.base, "adapter": files.adapter}
-    for name in ("empty", "other"):
-        places[name] = tmp_path / name
-    places["empty"].mkdir()
-    if "{other}" in changes.values():
-        hf_to_megatron(
-            tiny_model("llama", tmp_path / "hf", seed=1, tokenizer="lora-load" not in changes), places["other"]
-        )
+    places = places_for(changes, files, tmp_path)
     settings = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
     line = refused(train, train_words(files, tmp_path / "save", settings), capsys, status=1)
     assert line.startswith(f"error: {message.format(**places)}")
@@ -244,12 +250,71 @@ def test_preprocessing_that_cannot_succeed(
     tiny_tokenizer(tmp_path / "tokenizer")
     flags = {
         "input": str(files.root / "rows.json"), "output-prefix": str(tmp_path / "out/rows"), "prompt-type": "alpaca",
-        "tokenizer-name-or-path": str(tmp_path / "tokenizer"), "handler-name": "AlpacaStyleInstructionHandler", **changes,
+        "tokenizer-name-or-path": str(tmp_path / "tokenizer"), "handler-name": "AlpacaStyleInstructionHandler",
+        **changes,
     }  # fmt: skip
     words: list[object] = [word for name, value in flags.items() for word in (f"--{name}", value)]
     line = refused(preprocess.main, words, capsys, status=1)
     assert line.startswith(f"error: {message.format(root=files.root) if '{root}' in message else message}")
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+
+
+# fmt: off
+CONVERSIONS: list[tuple[str, dict[str, object], str]] = [
+    ("a source that is not there", {"load-dir": "{root}/gone"}, "--load-dir {root}/gone: no such folder"),
+    ("an empty source", {"load-dir": "{empty}"}, "--load-dir {empty}: holds no checkpoint"),
+    ("no kind of result", {"save-model-type": None}, "--save-model-type is missing: say mg, hf or peft"),
+    ("no place for the result", {"save-dir": None}, "--save-dir is missing: say where the result goes"),
+    ("the result over the source", {"save-dir": "{base}"}, "--save-dir {base} is also --load-dir: choose another"),
+    ("heads that do not divide", {"target-tensor-parallel-size": 3},
+     "--target-tensor-parallel-size 3 does not divide the 4 attention heads of this model"),
+    ("groups that do not divide", {"target-tensor-parallel-size": 4},
+     "--target-tensor-parallel-size 4 does not divide the 2 query groups of this model"),
+    ("stages that do not divide", {"target-pipeline-parallel-size": 3},
+     "2 layers do not divide over 3 pipeline stages"),
+    ("a list of stages with another sum", {"target-pipeline-parallel-size": 2, "num-layer-list": "1,2"},
+     "--num-layer-list 1,2 sums to 3, the model has 2 layers"),
+    ("an alpha that contradicts the adapter", {"lora-load": "{adapter}", "lora-alpha": 32},
+     "--lora-alpha 32 contradicts the adapter --lora-load {adapter}/iter_0000005, which was trained with 8: remove"),
+    ("a rank that contradicts the adapter", {"lora-load": "{adapter}", "lora-r": 16},
+     "--lora-r 16 contradicts the adapter --lora-load {adapter}/iter_0000005, which was trained with 4: remove"),
+    ("rank 0", {"lora-load": "{adapter}", "lora-r": 0}, "--lora-r 0"),
+    ("an unknown target", {"lora-load": "{adapter}", "lora-target-modules": "q_proj"},
+     "--lora-target-modules q_proj matches no layer; this model has linear_qkv"),
+    ("LoRA flags without an adapter", {"lora-r": 16}, "--lora-r without --lora-load: name the adapter to merge"),
+    ("an adapter of another base", {"load-dir": "{other}", "lora-load": "{adapter}"},
+     "--lora-load {adapter} was trained on another base than --load-dir {other}: their fingerprints differ"),
+    ("another family", {"model-type-hf": "qwen2"}, "--model-type-hf qwen2 contradicts --load-dir {base}, which says"),
+    ("an unknown family", {"model-type-hf": "baichuan"}, "--model-type-hf baichuan is not supported; supported are"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("case", CONVERSIONS, ids=lambda case: case[0])
+def test_conversions_that_cannot_succeed(
+    case: tuple[str, dict[str, object], str], files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, changes, message = case
+    places = places_for(changes, files, tmp_path)
+    flags: dict[str, object] = {
+        "load-model-type": "mg", "save-model-type": "mg", "load-dir": "{base}", "save-dir": str(tmp_path / "save"),
+        **changes,
+    }  # fmt: skip
+    words: list[object] = []
+    for name, value in flags.items():
+        words += [] if value is None else [f"--{name}", str(value).format(**places)]
+    before = sorted(files.root.rglob("*"))
+    line = refused(convert.main, words, capsys, status=1)
+    assert line.startswith(f"error: {message.format(**places)}")
+    assert not (tmp_path / "save").exists() and sorted(files.root.rglob("*")) == before
+
+
+def test_a_truncated_model_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tiny_model("llama", tmp_path / "hf") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    words = ["--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", file.parent, "--save-dir"]
+    line = refused(convert.main, [*words, tmp_path / "save"], capsys, status=1)
+    assert line.startswith(f"error: {file}: damaged, cut short or unreadable (") and not (tmp_path / "save").exists()
 
 
 def test_layouts_that_the_model_cannot_be_cut_into_name_the_ones_that_work(files: Files) -> None:
@@ -258,19 +323,12 @@ def test_layouts_that_the_model_cannot_be_cut_into_name_the_ones_that_work(files
     from modellink_lora.training.base import open_base
 
     model = open_base(str(files.base), {}, tp=1, seed=0, use_mcore_models=None).config
+    allowed = "of this model; heads, groups and ffn allow 1"
     for tp, changes, what in (
-        (3, {}, "the 4 attention heads of this model; heads, groups and ffn allow 1, 2"),
-        (4, {}, "the 2 query groups of this model; heads, groups and ffn allow 1, 2"),
-        (
-            2,
-            {"ffn_hidden_size": 127, "padded_vocab_size": 260},
-            "the 127 ffn_hidden_size rows of this model; heads, groups and ffn allow 1",
-        ),
-        (
-            2,
-            {},
-            "the 259 padded vocabulary rows of this model; heads, groups and ffn allow 1, 2; leave --padded-vocab-size out",
-        ),
+        (3, {}, f"the 4 attention heads {allowed}, 2"),
+        (4, {}, f"the 2 query groups {allowed}, 2"),
+        (2, {"ffn_hidden_size": 127, "padded_vocab_size": 260}, f"the 127 ffn_hidden_size rows {allowed}"),
+        (2, {}, f"the 259 padded vocabulary rows {allowed}, 2; leave --padded-vocab-size out"),
     ):
         with pytest.raises(UserError) as error:
             ParallelConfig(tensor_model_parallel_size=tp).check_model(dataclasses.replace(model, **changes))
@@ -293,7 +351,7 @@ def test_two_processes_say_it_once_and_the_launcher_fails(files: Files, tmp_path
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode != 0

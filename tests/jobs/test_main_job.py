@@ -48,8 +48,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "stories260K":
         hf = shared("models/stories260K-hf")
         return Source("stories260K", hf, shared("data/alpaca/alpaca_data_2k.parquet"), 384)
-    hf = tiny_model("llama", folder / "hf", layers=5, tied=True, tokenizer=True, max_position_embeddings=256)
-    return Source("generated", hf, generated_rows(folder / "rows.json"), 128)
+    hf = tiny_model("llama", folder / "hf", layers=5, tied=True, tokenizer=True, max_position_embeddings=512)
+    return Source("generated", hf, generated_rows(folder / "rows.json"), 320)
 
 
 def command(*words: object, processes: int = 0) -> str:

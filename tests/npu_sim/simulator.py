@@ -153,8 +153,10 @@ def _kernel(operator: Any, name: str) -> Callable[..., Any]:
             kwargs["pin_memory"] = False
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
+        # lists of outputs (foreach, fused optimizers) need nothing: their elements are written where they lie
         outputs = [args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in written]
-        views = {id(value): host_view(value) for value in outputs if on_npu(value)}
+        tensors: list[Tensor] = [value for value in outputs if on_npu(value)]
+        views = {id(value): host_view(value) for value in tensors}
         before = {key: _place(view) for key, view in views.items()}
 
         def to_host(value: Any) -> Any:
@@ -165,11 +167,11 @@ def _kernel(operator: Any, name: str) -> Callable[..., Any]:
             result = _with_device_seed(operator, host_args, host_kwargs)
         else:
             result = operator(*host_args, **host_kwargs)
-        for output in (value for value in outputs if on_npu(value)):
+        for output in tensors:
             view = views[id(output)]
             if _place(view) != before[id(output)]:  # an out= argument that the operator resized
                 host_view(output.resize_(view.size())).copy_(view)
-        given = {id(views[id(value)]): value for value in outputs if on_npu(value)}
+        given = {id(views[id(value)]): value for value in tensors}
 
         def to_device(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -202,7 +204,9 @@ def _on_host(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         device = _device_of(tree_leaves((args, kwargs)))
         host_args, host_kwargs = tree_map(_host, (args, kwargs))
         result = function(*host_args, **host_kwargs)
-        return tree_map(lambda value: device_copy(value.contiguous(), device) if torch.is_tensor(value) else value, result)
+        return tree_map(
+            lambda value: device_copy(value.contiguous(), device) if torch.is_tensor(value) else value, result
+        )
 
     return run
 
@@ -220,7 +224,7 @@ def _one(tensor: Tensor) -> Tensor:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """torch_npu sends this one past the dispatcher to its fused kernel; here it is made of operators that we replace."""
+    """torch_npu calls its fused kernel past the dispatcher; here it is made of operators that we replace."""
     return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 

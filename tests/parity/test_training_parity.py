@@ -13,7 +13,15 @@ import torch
 from tests.helpers import peft_reference
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
-from tests.helpers.training import TARGETS, adapter_tensors, fine_tune_here, hf_to_megatron, losses, train_flags, write_corpus
+from tests.helpers.training import (
+    TARGETS,
+    adapter_tensors,
+    fine_tune_here,
+    hf_to_megatron,
+    losses,
+    train_flags,
+    write_corpus,
+)
 
 STEPS, R, ALPHA, LR, SEED = 50, 4, 8.0, 5e-3, 1234
 # fp32: a relative difference of 1e-7 per operation, in sums whose order differs between layouts, grows over 50 steps

@@ -1,4 +1,4 @@
-"""What the Llama-shaped families share: the tensor table and the reading of config.json. A family adds only its differences."""
+"""What the Llama-shaped families share: tensor table and reading of config.json. A family adds its differences."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def read_llama_like(
     Raises:
         UserError: a key is missing, or asks for something the model here does not compute.
     """
-    get = {**_ABSENT, **(absent or {}), **config}.get
+    known: dict[str, Any] = {**_ABSENT, **(absent or {}), **config}
+    get = known.get
     only(config, "hidden_act", "silu", "swish")
     for key in ("attention_bias", "mlp_bias"):
         only(config, key, False)
@@ -79,12 +80,12 @@ def read_llama_like(
         max_position_embeddings=_required(config, "max_position_embeddings"),
         vocab_size=_required(config, "vocab_size"),
         normalization="RMSNorm",
-        norm_epsilon=float(get("rms_norm_eps")),
+        norm_epsilon=float(known["rms_norm_eps"]),
         swiglu=True,
         position_embedding_type="rope",
         untie_embeddings_and_output_weights=not get("tie_word_embeddings"),
         attention_dropout=float(get("attention_dropout") or 0.0),
-        init_method_std=float(get("initializer_range")),
+        init_method_std=float(known["initializer_range"]),
         params_dtype=_DTYPES[dtype],
         hf_model_type=str(config["model_type"]),
         sliding_window=sliding_window,
@@ -107,7 +108,9 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return fields
     if kind not in ("linear", "llama3"):
-        raise UserError(f"config.json: {where}.rope_type {kind!r} is not supported; supported are default, linear, llama3")
+        raise UserError(
+            f"config.json: {where}.rope_type {kind!r} is not supported; supported are default, linear, llama3"
+        )
 
     def number(key: str) -> float:
         value = rope.get(key, config.get(key))
@@ -135,8 +138,8 @@ def refuse_mixed_windows(config: Mapping[str, Any]) -> None:
     windowed = config.get("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
     if kinds is None and windowed and first < _required(config, "num_hidden_layers"):
         raise UserError(
-            f"config.json: use_sliding_window true with max_window_layers {first} gives some layers an attention window; "
-            "only full attention is supported for this family"
+            f"config.json: use_sliding_window true with max_window_layers {first} gives some layers an attention "
+            "window; only full attention is supported for this family"
         )
 
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v. The bias is part of the model type, config.json does not mention it."""
+"""Qwen2 and Qwen2.5: Llama with a bias on q, k and v. The bias goes with the model type, config.json is silent."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_user_error_is_one_line_and_a_later_rank_gives_the_launcher_time_to_st
         monkeypatch.setenv("RANK", rank)
     assert run(fail_for_user) == 1
     assert capsys.readouterr().err == f"{prefix}error: --load x: no such folder give one that exists\n"
-    assert waited == ([2.0] if prefix else [])
+    assert waited == ([10.0] if prefix else [])
 
 
 def test_interrupting_is_status_130_and_success_0() -> None:

@@ -1,0 +1,172 @@
+"""Carrying out a conversion: read a tensor, fold in its adapter, bring it into the target's form, write it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modellink_lora.adapters.merge import merge
+from modellink_lora.checkpoint import dtypes
+from modellink_lora.checkpoint.adapter import Adapter
+from modellink_lora.checkpoint.hf import read_config_json, write_hf_folder
+from modellink_lora.checkpoint.peft import write_peft
+from modellink_lora.checkpoint.rank_files import write_rank_files
+from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.convert.plan import Plan, adapted_ranks, check_layout, make_plan, padded
+from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
+from modellink_lora.models.layouts import Vocab
+from modellink_lora.parallel.partition import Partition
+
+HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
+_HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+Say = Callable[[str], None]
+
+
+def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> Path:
+    """Do what `convert` says and return the folder written.
+
+    Args:
+        lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
+    """
+    adapter = open_merge(convert, lora_flags)
+    if convert.target == "peft":
+        assert adapter is not None
+        return _export(convert, adapter, say)
+    source = open_source(convert)
+    _check_places(convert)
+    for note in source.notes:
+        say(f"note: {note}")
+    ranks: dict[str, int] = {}
+    if adapter:
+        ranks = adapted_ranks(
+            source.family, source.config, adapter.meta.lora, adapter.shapes, where=f"--lora-load {convert.lora_load}"
+        )
+        for note in check_base(source, adapter, convert):
+            say(f"warning: {note}")
+    plan = _plan(convert, source, ranks)
+    say(plan.table())
+    companions = source.companions(convert)
+    if convert.target == "hf" and companions is None:
+        raise UserError(
+            f"no config.json in {convert.load_dir}/hf or {convert.save_dir}: put the config.json and tokenizer files "
+            "of the original Hugging Face model into --save-dir"
+        )
+    if convert.dry_run:
+        say("dry run: nothing was written")
+        return Path(convert.save_dir)
+    read = _reader(source, adapter, ranks, plan)
+    if convert.target == "hf":
+        assert companions is not None
+        folder = _write_hf(convert, plan, read, companions)
+    else:
+        folder = write_rank_files(
+            Path(convert.save_dir),
+            config=plan.config,
+            tp=plan.tp,
+            partition=plan.partition,
+            spelling="legacy" if _spelling(convert, source) == "legacy" else "mcore",
+            dtype=plan.dtype,
+            read=read,
+            iteration=source.files.iteration if source.files else 1,
+            hf_files=companions,
+        )
+    say(f"wrote {folder}" + (f", adapter {convert.lora_load} merged into {len(ranks)} linears" if adapter else ""))
+    return folder
+
+
+def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> Plan:
+    """The result's layout: what flags ask for, else one process, or the source's with the older spelling."""
+    keep = source.files if convert.keeps_layout else None
+    tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
+    stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
+    if keep and convert.target_pipeline_parallel_size is None and convert.layer_list is None:
+        partition = keep.partition
+    else:
+        partition = Partition.of(source.config.num_layers, stages, convert.layer_list)
+    if convert.target == "hf":
+        tp, partition = 1, Partition.of(source.config.num_layers, 1)
+        config = dataclasses.replace(source.config, padded_vocab_size=source.config.vocab_size)
+        where = f"{convert.save_dir}/{HF_OUTPUT}"
+    else:
+        config = padded(source.config, tp, convert.make_vocab_size_divisible_by)
+        where = f"{convert.save_dir} ({_spelling(convert, source)} names)"
+    check_layout(config, tp)
+    dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
+    config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
+    title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
+    return make_plan(title, source.family, config, dtype=dtype, tp=tp, partition=partition, ranks=ranks)
+
+
+def _spelling(convert: ConvertConfig, source: Source) -> str:
+    return convert.spelling(source.files.spelling if source.files else None)
+
+
+def _reader(source: Source, adapter: Adapter | None, ranks: Mapping[str, int], plan: Plan) -> Callable[[str], Tensor]:
+    """Global name -> full tensor of the result: merged, padded for the target, in its dtype."""
+    layouts = {move.spec.name: move.spec.layout for move in plan.moves}
+    old = Vocab(source.config.vocab_size, source.config.padded_vocab_size)
+    new = Vocab(plan.config.vocab_size, plan.config.padded_vocab_size)
+
+    def read(name: str) -> Tensor:
+        full = source.read(name)
+        module = name.removesuffix(".weight")
+        if adapter is not None and module in ranks:
+            a, b = adapter.read(f"{module}.lora_A"), adapter.read(f"{module}.lora_B")
+            try:
+                return merge(full, a, b, adapter.meta.lora.scaling_of(module), dtype=plan.dtype)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+        if isinstance(layouts[name], Vocab) and full.shape[0] != new.padded:
+            full = new.fuse(old.split(full))
+        return dtypes.convert(full, plan.dtype, name=name)
+
+    return read
+
+
+def _write_hf(convert: ConvertConfig, plan: Plan, read: Callable[[str], Tensor], companions: Path) -> Path:
+    """A Hugging Face folder below `--save-dir`, its config.json saying the dtype written."""
+    config = read_config_json(companions, flag="--save-dir")
+    key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
+    config[key] = _HF_DTYPES[plan.config.params_dtype]
+    folder = Path(convert.save_dir) / HF_OUTPUT
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for move in plan.moves:
+            yield from zip(move.spec.hf, move.spec.layout.split(read(move.spec.name)), strict=True)
+
+    expected = [part for move in plan.moves for part in move.spec.hf]
+    write_hf_folder(folder, tensors(), expected=expected, config=config, companions=companions)
+    return folder
+
+
+def _export(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
+    """The adapter alone, in PEFT's format."""
+    folder = Path(convert.save_dir)
+    base = convert.base_model_name_or_path
+    if base is None and convert.load_dir and convert.source == "hf":
+        base = convert.load_dir
+    lora = adapter.meta.lora
+    targets = " ".join(lora.target_modules)
+    say(f"PEFT adapter: {convert.lora_load} -> {folder}, rank {lora.r}, alpha {lora.alpha:g}, {targets}")
+    if convert.dry_run:
+        say("dry run: nothing was written")
+        return folder
+    names = write_peft(folder, adapter, base_model=base)
+    say(f"wrote {folder}, {len(names)} tensors")
+    return folder
+
+
+def _check_places(convert: ConvertConfig) -> None:
+    """Writing a checkpoint over what is being read would destroy it."""
+    if convert.target != "mg":
+        return
+    save = Path(convert.save_dir).resolve()
+    for name, given in (("--load-dir", convert.load_dir), ("--lora-load", convert.lora_load)):
+        if given and Path(given).resolve() == save:
+            raise UserError(f"--save-dir {convert.save_dir} is also {name}: choose another folder for the result")

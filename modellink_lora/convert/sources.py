@@ -1,0 +1,136 @@
+"""What a conversion reads: a Hugging Face folder, a Megatron checkpoint, an adapter, all as full Megatron tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modellink_lora.adapters.targets import resolve_targets
+from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags, open_adapter
+from modellink_lora.checkpoint.hf import HfModel, read_config_json
+from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families import check_name, family_of
+from modellink_lora.models.family import Family
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to convert."""
+
+    config: ModelConfig
+    family: Family
+    dtype: torch.dtype
+    read: Callable[[str], Tensor]  # global Megatron name -> full tensor
+    files: RankFiles | None  # None: a Hugging Face folder
+    notes: tuple[str, ...] = ()
+
+    def companions(self, convert: ConvertConfig) -> Path | None:
+        """Folder with config.json and tokenizer files of this model, if there is one."""
+        assert convert.load_dir is not None
+        load = Path(convert.load_dir)
+        candidates = [load] if self.files is None else [load / HF_FILES, Path(convert.save_dir)]
+        return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+
+
+def open_source(convert: ConvertConfig) -> Source:
+    """Open `--load-dir`. Raises UserError when it is damaged, incomplete or contradicts a flag."""
+    assert convert.load_dir is not None
+    path = Path(convert.load_dir)
+    if convert.source == "hf":
+        model = HfModel(path)
+        if convert.model_type_hf:
+            check_name(convert.model_type_hf, model.family, where=f"{path / 'config.json'}")
+        source = Source(model.config, model.family, model.dtype, model.read, None)
+    else:
+        files = open_rank_files(path, flag="--load-dir")
+        source = Source(files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files))
+        source = _with_model_files(source, source.companions(convert))
+        if convert.model_type_hf:
+            check_name(convert.model_type_hf, source.family, where=f"--load-dir {path}")
+    if convert.add_qkv_bias and not source.config.add_qkv_bias:
+        raise UserError(f"--add-qkv-bias contradicts --load-dir {path}, which has no such biases: remove the flag")
+    return source
+
+
+def _spelling_notes(convert: ConvertConfig, files: RankFiles) -> tuple[str, ...]:
+    """Flags that say the names are of the other spelling than the tensors show; the tensors are right."""
+    if convert.load_from_legacy and files.spelling == "mcore":
+        raise UserError(
+            f"--load-from-legacy contradicts --load-dir {files.root}, which holds mcore names: remove the flag"
+        )
+    if convert.use_mcore_models and files.spelling == "legacy" and not convert.load_from_legacy:
+        return (f"{files.root} holds legacy names although --use-mcore-models was given; the result gets mcore names",)
+    if (
+        files.spelling == "mcore"
+        and not (convert.use_mcore_models or convert.save_to_legacy)
+        and convert.target == "mg"
+    ):
+        return (f"{files.root} holds mcore names, so the result does too; --save-to-legacy would change that",)
+    return ()
+
+
+def _with_model_files(source: Source, folder: Path | None) -> Source:
+    """`source` with what only config.json knows (model type, vocabulary), after comparing what both know.
+
+    A file that another program wrote does not name its model type and may not know its vocabulary.
+    """
+    if folder is None:
+        return source
+    document = read_config_json(folder, flag="--save-dir")
+    family = family_of(str(document.get("model_type")))
+    said, held = family.read_config(document), source.config
+    for name in (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm",
+    ):  # fmt: skip
+        if getattr(said, name) != getattr(held, name):
+            raise UserError(
+                f"{folder / 'config.json'} says {name} {getattr(said, name)}, the weights have {getattr(held, name)}: "
+                "it belongs to another model"
+            )
+    if said.vocab_size > held.padded_vocab_size:
+        raise UserError(
+            f"{folder / 'config.json'} says vocab_size {said.vocab_size}, the embedding has only "
+            f"{held.padded_vocab_size} rows"
+        )
+    config = dataclasses.replace(held, vocab_size=said.vocab_size, hf_model_type=said.hf_model_type)
+    return dataclasses.replace(source, config=config, family=family)
+
+
+def open_merge(convert: ConvertConfig, lora_flags: Mapping[str, Any]) -> Adapter | None:
+    """The adapter of `--lora-load`, checked against the LoRA flags the user typed; None without the flag."""
+    if convert.lora_load is None:
+        if lora_flags:
+            names = ", ".join(sorted(lora_flags))
+            raise UserError(f"LoRA flags ({names}) without --lora-load: name the adapter to merge, or remove them")
+        return None
+    given = dict(lora_flags)
+    if "target_modules" in given:
+        given["target_modules"] = resolve_targets(given["target_modules"])
+    adapter = open_adapter(Path(convert.lora_load))
+    check_flags(adapter, given)
+    return adapter
+
+
+def check_base(source: Source, adapter: Adapter, convert: ConvertConfig) -> tuple[str, ...]:
+    """Notes on an adapter whose base is unknown. Raises UserError when it was trained on another base."""
+    if adapter.meta.base_fingerprint is None:
+        return (f"{adapter.folder} does not say which base it was trained on; shapes fit, the rest is up to you",)
+    # padding is not part of a model's identity, but a base of another program may have counted it as vocabulary
+    rows = min(adapter.meta.model.vocab_size, source.config.padded_vocab_size)
+    config = dataclasses.replace(source.config, vocab_size=rows)
+    if base_fingerprint(config, source.read) != adapter.meta.base_fingerprint:
+        raise UserError(
+            f"--lora-load {convert.lora_load} was trained on another base than --load-dir {convert.load_dir}: "
+            "their fingerprints differ; give the base that the adapter was trained on"
+        )
+    return ()
