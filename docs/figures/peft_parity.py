@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.helpers import peft_reference  # noqa: E402
-from tests.helpers.tiny import tiny_model  # noqa: E402
-from tests.helpers.training import hf_to_megatron, write_corpus  # noqa: E402
-from tests.parity.test_training_parity import ALPHA, LR, SEED, R, Case, ours, reference_batches  # noqa: E402
+from tests.helpers import peft_reference
+from tests.helpers.tiny import tiny_model
+from tests.helpers.training import hf_to_megatron, write_corpus
+from tests.parity.test_training_parity import ALPHA, LR, SEED, Case, R, ours, reference_batches
 
 LAYOUTS = {"tp1": "TP1", "tp2-sp": "TP2 + SP", "pp2": "PP2", "tp2-pp2-sp": "TP2 x PP2 + SP"}
 

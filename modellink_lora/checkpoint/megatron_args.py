@@ -41,6 +41,8 @@ def model_config(
         stored = _from_megatron(args, stored, where)
         if isinstance(args.__dict__.get("num_layers"), int) and args.num_layers != sizes["num_layers"]:
             raise UserError(f"{where}: args say {args.num_layers} layers, the files hold {sizes['num_layers']}")
+        if "vocab_size" in flags and not isinstance(getattr(args, "vocab_size", None), int):
+            sizes = {**sizes, "vocab_size": flags["vocab_size"]}  # without it the padded rows would count as tokens
         stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
     config = ModelConfig(**_typed({**stored, **sizes}, where))
     rest = (

@@ -34,7 +34,7 @@ def _rebuild_npu_tensor(
 
 
 # numpy 1 and 2 keep these two functions in modules of different names; values know their own.
-_NUMPY = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
+_NUMPY: dict[str, Any] = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("argparse", "Namespace"): Namespace,

@@ -18,7 +18,9 @@ class LogitsConfig:
     output: str = flag(dataclasses.MISSING, "file to write, e.g. logits.safetensors")
     lora_load: str | None = flag(None, "adapter to run unmerged beside the base; absent means the base alone")
     prompt_type: str = flag("empty", "template put around each prompt; empty takes the text as it is")
-    tokenizer_name_or_path: str | None = flag(None, "folder of the Hugging Face tokenizer; default the one kept with --load")
+    tokenizer_name_or_path: str | None = flag(
+        None, "folder of the Hugging Face tokenizer; default the one kept with --load"
+    )
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
     bf16: bool = flag(False, "compute in bf16; default fp32")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
@@ -28,7 +30,9 @@ class LogitsConfig:
         if not self.prompt_file.endswith((".json", ".txt")):
             raise UserError(f"--prompt-file {self.prompt_file}: give a .json list of texts or a .txt file of lines")
         if not self.output.endswith(".safetensors"):
-            raise UserError(f"--output {self.output}: the file is written as safetensors, so end its name with .safetensors")
+            raise UserError(
+                f"--output {self.output}: the file is written as safetensors, so end its name with .safetensors"
+            )
 
     @property
     def dtype(self) -> str:

@@ -121,7 +121,7 @@ class ModelConfig:
 
 _FREE = {
     "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std",
-    "make_vocab_size_divisible_by", "padded_vocab_size", "vocab_size",
+    "make_vocab_size_divisible_by", "padded_vocab_size",
 }  # fmt: skip
 
 

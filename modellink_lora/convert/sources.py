@@ -15,6 +15,7 @@ from modellink_lora.adapters.targets import resolve_targets
 from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags, open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -110,8 +111,9 @@ def open_merge(convert: ConvertConfig, lora_flags: Mapping[str, Any]) -> Adapter
     """The adapter of `--lora-load`, checked against the LoRA flags the user typed; None without the flag."""
     if convert.lora_load is None:
         if lora_flags:
-            names = ", ".join(sorted(lora_flags))
-            raise UserError(f"LoRA flags ({names}) without --lora-load: name the adapter to merge, or remove them")
+            fields = (field for field in dataclasses.fields(LoraConfig) if field.name in lora_flags)
+            names = " ".join("--" + field.metadata.get("name", field.name) for field in fields)
+            raise UserError(f"{names} without --lora-load: name the adapter to merge, or remove the LoRA flags")
         return None
     given = dict(lora_flags)
     if "target_modules" in given:

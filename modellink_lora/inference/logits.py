@@ -34,7 +34,9 @@ from modellink_lora.training.setup import choose_lora, set_up
 _SEED = 1234  # nothing is drawn in evaluation mode; megatron-core wants its streams seeded all the same
 
 
-def prompt_logits(config: LogitsConfig, parallel: ParallelConfig, *, device: Device, torch_device: torch.device) -> None:
+def prompt_logits(
+    config: LogitsConfig, parallel: ParallelConfig, *, device: Device, torch_device: torch.device
+) -> None:
     """Write `ids.N` [s] and `logits.N` [s, v] of every prompt N. The default process group exists.
 
     Raises:
@@ -42,7 +44,9 @@ def prompt_logits(config: LogitsConfig, parallel: ParallelConfig, *, device: Dev
     """
     prompts = read_prompts(Path(config.prompt_file))
     context = make_context(parallel, torch_device)
-    lora, adapter = choose_lora({}, config.lora_load) if config.lora_load else (LoraConfig(), None)  # no target, no layer
+    lora, adapter = (
+        choose_lora({}, config.lora_load) if config.lora_load else (LoraConfig(), None)
+    )  # no target, no layer
     base = open_base(config.load, {}, tp=context.tp_size, seed=_SEED, use_mcore_models=None)
     folder = config.tokenizer_name_or_path or base.tokenizer_folder
     if folder is None:

@@ -87,7 +87,12 @@ def _merge_by_hand(model: Any, lora: Path) -> None:
             where = f"decoder.layers.{n}."
             delta = {
                 name: 2.0 * tensors[f"{where}{name}.lora_B"] @ tensors[f"{where}{name}.lora_A"]
-                for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+                for name in (
+                    "self_attention.linear_qkv",
+                    "self_attention.linear_proj",
+                    "mlp.linear_fc1",
+                    "mlp.linear_fc2",
+                )
             }
             q, k, v = [], [], []
             for group in delta["self_attention.linear_qkv"].split((per_group + 2) * d):
@@ -106,7 +111,9 @@ def _merge_by_hand(model: Any, lora: Path) -> None:
 
 @LAYOUTS
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
-def test_logits_equal_those_of_transformers(adapter: bool, parallel: dict[str, Any], models: Path, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(
+    adapter: bool, parallel: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
     lora = {"lora_load": str(models / "lora")} if adapter else {}
     for ids, logits in by_job(models, tmp_path / "x.safetensors", parallel, **lora):
         expected = by_transformers(models, ids, adapter=adapter)

@@ -33,14 +33,14 @@ def test_a_truncated_file_is_a_message(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path)
     rewrite(folder, {"model.layers.1.mlp.up_proj.weight": None})
-    with pytest.raises(UserError, match="lacks 1 tensors.*model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 tensors.*model.layers.1.mlp.up_proj.weight"):
         HfModel(folder)
 
 
 def test_a_tensor_the_model_type_does_not_have_is_named(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path)
     rewrite(folder, {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
-    with pytest.raises(UserError, match="does not have: model.layers.0.self_attn.q_proj.bias"):
+    with pytest.raises(UserError, match=r"does not have: model.layers.0.self_attn.q_proj.bias"):
         HfModel(folder)
 
 
@@ -64,7 +64,7 @@ def test_a_tied_model_may_repeat_its_head_but_not_another(tmp_path: Path) -> Non
     rewrite(folder, {"lm_head.weight": embedding.clone()})
     assert "output_layer.weight" not in HfModel(folder).names()
     rewrite(folder, {"lm_head.weight": embedding + 1})
-    with pytest.raises(UserError, match="tie_word_embeddings true, but lm_head.weight differs"):
+    with pytest.raises(UserError, match=r"tie_word_embeddings true, but lm_head.weight differs"):
         HfModel(folder)
 
 
@@ -102,7 +102,7 @@ def test_a_shard_the_index_names_but_the_folder_lacks(tmp_path: Path) -> None:
     write_hf_folder(tmp_path / "many", tensors.items(), expected=tensors, config={"model_type": "llama"},
                     max_shard_bytes=50_000)  # fmt: skip
     next((tmp_path / "many").glob("model-00002-*")).unlink()
-    with pytest.raises(UserError, match="names model-00002-of-.*which the folder lacks"):
+    with pytest.raises(UserError, match=r"names model-00002-of-.*which the folder lacks"):
         HfFolder(tmp_path / "many")
 
 

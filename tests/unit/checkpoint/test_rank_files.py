@@ -93,7 +93,7 @@ def test_a_flag_tells_the_rope_that_modellink_did_not_store_but_never_contradict
         open_rank_files(root, model_flags={"rotary_base": 500000.0})
     edit(root, as_modellink)
     assert open_rank_files(root, model_flags={"rotary_base": 500000.0}).config.rotary_base == 500000.0
-    with pytest.raises(UserError, match="--ffn-hidden-size 130 contradicts .* which says 128"):
+    with pytest.raises(UserError, match=r"--ffn-hidden-size 130 contradicts .* which says 128"):
         open_rank_files(root, model_flags={"ffn_hidden_size": 130})
 
 

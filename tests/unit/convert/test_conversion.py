@@ -87,7 +87,7 @@ def test_without_config_json_there_is_no_hf_result(models: dict[tuple[str, bool]
     convert(source, tmp_path / "mg", to="mg")
     for file in (tmp_path / "mg/hf").iterdir():
         file.unlink()
-    with pytest.raises(UserError, match="put the config.json and tokenizer files"):
+    with pytest.raises(UserError, match=r"put the config.json and tokenizer files"):
         convert(tmp_path / "mg", tmp_path / "hf", to="hf")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text((source / "config.json").read_text())

@@ -96,13 +96,13 @@ def test_family_switches() -> None:
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
 ])  # fmt: skip
 def test_what_the_model_does_not_compute_is_refused_by_key(model_type: str, keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match="config.json") as error:
+    with pytest.raises(UserError, match=r"config.json") as error:
         read(model_type, **keys)
     assert words in str(error.value)
 
 
 def test_an_unknown_model_type_lists_the_known() -> None:
-    with pytest.raises(UserError, match="'bloom'.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"'bloom'.*llama, mistral, qwen2, qwen3"):
         family_of("bloom")
 
 
@@ -114,7 +114,7 @@ def test_llama2_names_every_llama_shaped_family(family: Any) -> None:
 
 
 def test_another_family_name_is_a_contradiction() -> None:
-    with pytest.raises(UserError, match="--model-type-hf qwen3 contradicts config.json"):
+    with pytest.raises(UserError, match=r"--model-type-hf qwen3 contradicts config.json"):
         check_name("qwen3", family_of("llama"), where="config.json")
     with pytest.raises(UserError, match="baichuan2 is not supported"):
         check_name("baichuan2", family_of("llama"), where="config.json")
