@@ -55,16 +55,22 @@ class Launch:
         )
 
 
+# What kernels and communication libraries read from the environment, by device.
+_DEFAULTS = {
+    # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
+    # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
+    "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+    # seconds: building and loading operators at the first step takes longer than HCCL waits by itself
+    "npu": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "3600"},
+}
+_DETERMINISTIC = {"cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "npu": {"HCCL_DETERMINISTIC": "true"}}
+
+
 def set_environment_defaults(device: str, *, deterministic: bool = False) -> None:
-    """Set what kernels read from the environment, where the user has not. Call before the device is first used."""
-    if device == "cuda":
-        # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
-        # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if deterministic and device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it in deterministic mode
-    if deterministic and device == "npu":
-        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    """Set these where the user has not. Call before the device is first used."""
+    wanted = _DEFAULTS.get(device, {}) | (_DETERMINISTIC.get(device, {}) if deterministic else {})
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
