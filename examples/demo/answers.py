@@ -1,66 +1,77 @@
-"""Greedy answers of a Hugging Face model to the demo's prompts, and the distance of its logits from Megatron's.
+"""Greedy answers of Hugging Face models to the demo's prompts, and how far their logits are from Megatron's.
 
-    python examples/demo/answers.py MODEL_FOLDER answers.json [logits.safetensors]
+    python examples/demo/answers.py --logits logits.safetensors --output answers.json MODEL_FOLDER ...
 
-Everything is computed by transformers; only the prompt's ids come from the template the model was trained with.
+Everything is computed by transformers; only a prompt's ids come from the template the model was trained with.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modellink_lora.data.prompt import Conversation, Message, encode_prompt
-from modellink_lora.data.templates import get_template
-from modellink_lora.data.tokenizer import load_tokenizer
-
-PROMPT_TYPE, NEW_TOKENS = "chatml", 56
-PROMPTS = Path(__file__).with_name("prompts.json")
+NEW_TOKENS = 40
 
 
-def answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    """The likeliest continuation, cut at a word when it grows long."""
-    ids = encode_prompt(Conversation((Message("user", prompt),)), get_template(PROMPT_TYPE), tokenizer)
+def read_logits(file: Path) -> tuple[list[str], list[Tensor], list[Tensor]]:
+    """Prompts, ids [s] and logits [s, v] as the logits job wrote them."""
+    with safe_open(file, framework="pt") as tensors:
+        prompts = json.loads(tensors.metadata()["prompts"])
+        ids, logits = ([tensors.get_tensor(f"{kind}.{n}") for n in range(len(prompts))] for kind in ("ids", "logits"))
+    return prompts, ids, logits
+
+
+def answers(model: Any, tokenizer: Any, ids: list[Tensor]) -> list[str]:
+    """The likeliest continuation of each row of `ids`, ending in ` ...` where it was not finished.
+
+    All rows are one batch, padded on the left: what costs time is reading the weights once for every new token.
+    """
+    longest = max(map(len, ids))
+    padded = torch.full((len(ids), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(padded)
+    for n, row in enumerate(ids):
+        padded[n, longest - len(row) :], mask[n, longest - len(row) :] = row, 1
     output = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        padded,
+        attention_mask=mask,
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )[0, len(ids) :]
-    finished = int(output[-1]) == tokenizer.eos_token_id
-    return tokenizer.decode(output, skip_special_tokens=True).strip() + ("" if finished else " ...")
+    )[:, longest:]
+    finished = (output == tokenizer.eos_token_id).any(dim=1)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return [text.strip() + ("" if done else " ...") for text, done in zip(texts, finished, strict=True)]
 
 
-def largest_differences(model: Any, logits: Path) -> list[tuple[float, float]]:
-    """(max |this model - file|, max |file|) of every prompt in a file of `modellink_lora logits`."""
-    result = []
-    with safe_open(logits, framework="pt") as file, torch.no_grad():
-        for n in range(len(file.keys()) // 2):
-            expected = file.get_tensor(f"logits.{n}")  # [s, v]
-            found = model(file.get_tensor(f"ids.{n}")[None]).logits[0].float()
-            result.append((float((found - expected).abs().max()), float(expected.abs().max())))
-    return result
-
-
-def main(folder: str, output: str, logits: str | None = None) -> None:
-    torch.set_num_threads(2)
-    tokenizer = load_tokenizer(folder, prompt_type=PROMPT_TYPE)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    answers = {}
-    for prompt in json.loads(PROMPTS.read_text(encoding="utf-8")):
-        answers[prompt] = answer(model, tokenizer, prompt)
-        print(f"{prompt}\n    {answers[prompt]}", flush=True)
-    differences = largest_differences(model, Path(logits)) if logits else []
-    Path(output).write_text(json.dumps({"answers": answers, "differences": differences}, ensure_ascii=False, indent=2))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--logits", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("models", nargs="+")
+    given = parser.parse_args()
+    prompts, ids, megatron = read_logits(given.logits)
+    results = []
+    for folder in given.models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            differences = [float((model(i[None]).logits[0] - m).abs().max()) for i, m in zip(ids, megatron, strict=True)]
+        results.append(
+            {"model": folder, "answers": answers(model, tokenizer, ids), "difference": max(differences)}
+        )
+        print(f"{folder}: {len(ids)} answers")
+    largest = max(float(m.abs().max()) for m in megatron)
+    document = {"prompts": prompts, "largest_logit": largest, "models": results}
+    given.output.write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from modellink_lora.config.errors import UserError
 
+_LOST = (1 << 29) - 1  # the bits of an fp64 significand (53) below those of an fp32 one (24)
+
 
 def merge(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, dtype: torch.dtype | None = None, rows: int = 64
@@ -36,7 +38,7 @@ def merge(
         # two operations, not add(..., alpha=): a fused multiply-add would round differently where it is not available
         exact.mul_(scaling).add_(weight[block].double())
         result[block] = round_once(exact, result.dtype)
-        if not torch.equal(result[block].isfinite(), exact.isfinite()):
+        if not result[block].isfinite().all() and exact.isfinite().all():
             raise UserError(
                 f"the merged weight reaches {exact.abs().max().item():.3g}, which does not fit {result.dtype}: "
                 "choose --params-dtype bf16 or fp32"
@@ -47,14 +49,12 @@ def merge(
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """fp64 rounded to nearest, ties to even.
 
-    torch takes 16-bit types through fp32 and so rounds twice. Rounding to fp32 "to odd" first (an inexact value keeps a
-    set last bit) carries enough into the second rounding to make it the only one that counts.
+    torch takes 16-bit types through fp32 and so rounds twice. Rounding to the 24 bits of fp32 "to odd" first (cut off,
+    and set the last bit if anything was lost) leaves nothing to the step to fp32 and decides every tie of the last one.
     """
     if dtype in (torch.float32, torch.float64):
         return exact.to(dtype)
-    nearest = exact.float()
-    back = nearest.double()
-    bits = nearest.view(torch.int32)  # sign and magnitude: subtracting 1 steps towards zero
-    truncated = bits - (back.abs() > exact.abs()).int()
-    odd = torch.where(back == exact, bits, truncated | 1)
-    return torch.where(exact.isfinite(), odd.view(torch.float32), nearest).to(dtype)
+    bits = exact.view(torch.int64)
+    # adding _LOST to the lost bits carries into the last kept bit exactly when one of them is set
+    odd = ((bits & _LOST) + _LOST).bitwise_or_(bits).bitwise_and_(~_LOST)
+    return odd.view(torch.float64).to(dtype)

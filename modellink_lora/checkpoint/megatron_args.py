@@ -69,6 +69,8 @@ def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str)
     if getattr(args, "add_dense_bias", False):
         raise UserError(f"{where}: was made with --add-dense-bias; biases outside q, k and v are not supported")
     stored.pop("params_dtype", None)
+    for name in ("attention_dropout", "hidden_dropout"):
+        stored.pop(name, None)  # 0.1 there is a default of Megatron's parser; Llama-like models have none
     stored.pop("vocab_size", None) if not isinstance(stored.get("vocab_size"), int) else None
     return stored
 

@@ -121,6 +121,7 @@ def write_rank_files(
     spelling: Spelling,
     dtype: torch.dtype,
     read: Callable[[str], Tensor],
+    read_shard: Callable[[str, int, int], Tensor] | None = None,
     iteration: int | str = 1,
     hf_files: Path | None = None,
 ) -> Path:
@@ -128,6 +129,7 @@ def write_rank_files(
 
     Args:
         read: global mcore name -> full tensor, vocabulary padded to `config.padded_vocab_size`.
+        read_shard: (name, rank, size) -> the same tensor's shard, where that is cheaper than cutting the full one.
         hf_files: model folder whose config and tokenizer files are kept in `<root>/hf`.
     Returns:
         The folder of the iteration.
@@ -149,10 +151,14 @@ def write_rank_files(
             for rank in range(tp):
                 model: dict[str, Any] = {}
                 for spec, name in held:
-                    full = dtypes.convert(read(spec.name), dtype, name=spec.name)
-                    assert tuple(full.shape) == full_shape(spec.name, config), (spec.name, full.shape)
+                    if read_shard is not None:
+                        shard = read_shard(spec.name, rank, tp)
+                    else:
+                        shard = spec.layout.shard(read(spec.name), rank, tp)
+                    shard = dtypes.convert(shard, dtype, name=spec.name)
+                    assert shard.shape == _shard_shape(spec, config, rank, tp), (spec.name, shard.shape)
                     # clone: a view would drag its whole storage into the file
-                    shard = spec.layout.shard(full, rank, tp).clone(memory_format=torch.contiguous_format)
+                    shard = shard.clone(memory_format=torch.contiguous_format)
                     _put(model, partition.to_local(name, stage), shard, spelling, tied=tied_copy)
                     bar.update()
                 path = _file(temporary, rank, stage, partition.stages)
@@ -163,6 +169,11 @@ def write_rank_files(
             copy_companions(hf_files, temporary)
     write_tracker(root, iteration)
     return target
+
+
+def _shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> torch.Size:
+    """Raises ValueError when the tensor does not divide."""
+    return spec.layout.shard(torch.empty(full_shape(spec.name, config), device="meta"), rank, tp).shape
 
 
 def _put(model: dict[str, Any], name: str, tensor: Tensor, spelling: Spelling, *, tied: bool) -> None:
@@ -328,9 +339,8 @@ def _check_tensors(files: RankFiles) -> None:
         if extra := sorted(tensors.keys() - expected):
             raise UserError(f"{where}: holds {len(extra)} tensors that the model does not have, e.g. {extra[0]}")
         for name in expected:
-            full = torch.empty(full_shape(name, files.config), device="meta")
             try:
-                shape = tuple(specs[name].layout.shard(full, rank, files.tp).shape)
+                shape = tuple(_shard_shape(specs[name], files.config, rank, files.tp))
             except ValueError:
                 shape = ()
             if tuple(tensors[name].shape) != shape:

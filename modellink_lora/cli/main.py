@@ -13,7 +13,7 @@ from modellink_lora.config.errors import UserError
 
 JOBS = {
     "preprocess": "turn conversations into token files",
-    "train": "fine-tune with LoRA, or all weights",
+    "train": "fine-tune with LoRA",
     "convert": "translate, reshard and merge checkpoints",
     "logits": "write the logits of prompts, from a base with or without its adapter",
 }

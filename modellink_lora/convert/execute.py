@@ -19,7 +19,7 @@ from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.plan import Plan, adapted_ranks, check_layout, make_plan, padded
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
-from modellink_lora.models.layouts import Vocab
+from modellink_lora.models.layouts import Vocab, lora_layouts
 from modellink_lora.parallel.partition import Partition
 
 HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
@@ -60,10 +60,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    read = _reader(source, adapter, ranks, plan)
+    result = _Result(source, adapter, plan)
     if convert.target == "hf":
         assert companions is not None
-        folder = _write_hf(convert, plan, read, companions)
+        folder = _write_hf(convert, plan, result.read, companions)
     else:
         folder = write_rank_files(
             Path(convert.save_dir),
@@ -72,11 +72,15 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             partition=plan.partition,
             spelling="legacy" if _spelling(convert, source) == "legacy" else "mcore",
             dtype=plan.dtype,
-            read=read,
+            read=result.read,
+            read_shard=result.read_shard,
             iteration=source.files.iteration if source.files else 1,
             hf_files=companions,
         )
-    say(f"wrote {folder}" + (f", adapter {convert.lora_load} merged into {len(ranks)} linears" if adapter else ""))
+    if adapter:
+        largest = max(result.changes)
+        say(f"merged {convert.lora_load} into {len(ranks)} linears; largest change of a weight {largest:.3g}")
+    say(f"wrote {folder}")
     return folder
 
 
@@ -107,26 +111,38 @@ def _spelling(convert: ConvertConfig, source: Source) -> str:
     return convert.spelling(source.files.spelling if source.files else None)
 
 
-def _reader(source: Source, adapter: Adapter | None, ranks: Mapping[str, int], plan: Plan) -> Callable[[str], Tensor]:
-    """Global name -> full tensor of the result: merged, padded for the target, in its dtype."""
-    layouts = {move.spec.name: move.spec.layout for move in plan.moves}
-    old = Vocab(source.config.vocab_size, source.config.padded_vocab_size)
-    new = Vocab(plan.config.vocab_size, plan.config.padded_vocab_size)
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """The tensors of the result: merged, padded for the target, in its dtype."""
 
-    def read(name: str) -> Tensor:
-        full = source.read(name)
-        module = name.removesuffix(".weight")
-        if adapter is not None and module in ranks:
-            a, b = adapter.read(f"{module}.lora_A"), adapter.read(f"{module}.lora_B")
-            try:
-                return merge(full, a, b, adapter.meta.lora.scaling_of(module), dtype=plan.dtype)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
-        if isinstance(layouts[name], Vocab) and full.shape[0] != new.padded:
-            full = new.fuse(old.split(full))
-        return dtypes.convert(full, plan.dtype, name=name)
+    source: Source
+    adapter: Adapter | None
+    plan: Plan
+    changes: list[float] = dataclasses.field(default_factory=list)  # greatest |change| of each merged weight
 
-    return read
+    def read(self, name: str) -> Tensor:
+        """The full tensor of global name `name`."""
+        return self.read_shard(name, 0, 1)
+
+    def read_shard(self, name: str, rank: int, size: int) -> Tensor:
+        """One shard. Shards are merged on their own, which gives the same bits and does no work twice."""
+        move = self.plan.move(name)
+        layout = move.spec.layout
+        full = self.source.read(name)
+        if isinstance(layout, Vocab) and full.shape[0] != layout.padded:
+            full = layout.fuse([full])
+        weight = layout.shard(full, rank, size)
+        if move.rank is None or self.adapter is None:
+            return dtypes.convert(weight, self.plan.dtype, name=name)
+        a_layout, b_layout = lora_layouts(layout)
+        a = a_layout.shard(self.adapter.read(f"{move.module}.lora_A"), rank, size)
+        b = b_layout.shard(self.adapter.read(f"{move.module}.lora_B"), rank, size)
+        try:
+            merged = merge(weight, a, b, self.adapter.meta.lora.scaling_of(move.module), dtype=self.plan.dtype)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        self.changes.append((merged.float() - weight.float()).abs().max().item())
+        return merged
 
 
 def _write_hf(convert: ConvertConfig, plan: Plan, read: Callable[[str], Tensor], companions: Path) -> Path:

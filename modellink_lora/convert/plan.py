@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ class Plan:
     tp: int
     partition: Partition
     moves: tuple[Move, ...]
+
+    def move(self, name: str) -> Move:
+        """The move of the tensor of global name `name`."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Move]:
+        return {move.spec.name: move for move in self.moves}
 
     def table(self) -> str:
         """One line per kind of tensor, for people."""

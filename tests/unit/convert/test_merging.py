@@ -83,7 +83,8 @@ def test_flags_that_contradict_the_adapter_are_refused(
 def test_legacy_names_of_the_same_targets_agree(model: tuple[Path, Path], tmp_path: Path) -> None:
     targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
     flags = {"r": 4, "alpha": 8.0, "target_modules": targets}
-    convert(model[0], tmp_path / "out", to="mg", lora_load=str(model[1]), lora_flags=flags)
+    said = convert(model[0], tmp_path / "out", to="mg", lora_load=str(model[1]), lora_flags=flags)
+    assert "into 8 linears; largest change of a weight" in said
 
 
 def test_a_merge_that_leaves_the_range_of_fp16_names_the_tensor(model: tuple[Path, Path], tmp_path: Path) -> None:
