@@ -135,6 +135,11 @@ def open_data(
     if not len(splits["train"]):
         raise UserError(f"--split {config.split} leaves no training sample of {len(corpus)} in {prefix}")
     data = RunData(corpus, splits, config, train, batch_size, context, notes)
+    if cut := SftDataset(corpus, splits["train"], seq_length=config.seq_length).cut():
+        notes.append(
+            f"warning: {cut} of {len(splits['train'])} training samples are longer than --seq-length "
+            f"{config.seq_length} and lose their end"
+        )
     if data.pad_multiple != config.pad_to_multiple_of and config.variable_seq_lengths:
         notes.append(
             f"--pad-to-multiple-of {config.pad_to_multiple_of} raised to {data.pad_multiple}: "
