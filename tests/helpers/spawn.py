@@ -7,6 +7,7 @@ rank. Starting a process costs seconds of imports; a check in a running one cost
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -84,6 +85,7 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
     import warnings
 
     import torch
+    import torch.distributed as dist
 
     from modellink_lora.device import get_device
     from modellink_lora.parallel.context import start_processes
@@ -93,13 +95,19 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
     torch.set_num_threads(1)
     device = get_device("cpu")
     device.activate(0)
-    start_processes("gloo", rank=rank, world_size=size, init_method=f"file://{rendezvous}", timeout_minutes=2)
-    while True:
+    for check in itertools.count():
         try:
             function, arguments = connection.recv()
         except EOFError:
             return
         try:
-            connection.send((True, function(**arguments)))
+            # a group of its own for each check: megatron-core never closes the dozens of groups that it opens, and the
+            # threads of gloo's wake up a hundred times a second even when nobody uses them
+            start_processes(
+                "gloo", rank=rank, world_size=size, init_method=f"file://{rendezvous}{check}", timeout_minutes=2
+            )
+            result = function(**arguments)
+            dist.destroy_process_group()
+            connection.send((True, result))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
