@@ -63,11 +63,11 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
-            differences = [float((model(i[None]).logits[0] - m).abs().max()) for i, m in zip(ids, megatron, strict=True)]
-        results.append(
-            {"model": folder, "answers": answers(model, tokenizer, ids), "difference": max(differences)}
-        )
-        print(f"{folder}: {len(ids)} answers")
+            differences = [
+                float((model(i[None]).logits[0] - m).abs().max()) for i, m in zip(ids, megatron, strict=True)
+            ]
+        results.append({"model": folder, "answers": answers(model, tokenizer, ids), "difference": max(differences)})
+        print(f"{folder}: {len(ids)} answers, logits at most {max(differences):.2e} from those of {given.logits}")
     largest = max(float(m.abs().max()) for m in megatron)
     document = {"prompts": prompts, "largest_logit": largest, "models": results}
     given.output.write_text(json.dumps(document, ensure_ascii=False, indent=2), encoding="utf-8")

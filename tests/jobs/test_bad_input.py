@@ -172,8 +172,8 @@ AGAINST_FILES: list[tuple[str, dict[str, object], str]] = [
      "{root}/data was made with another tokenizer than {other}/hf: preprocess again with this one"),
     ("a sequence beyond the positions", {"seq-length": 129},
      "--seq-length 129 exceeds the model's 128 positions; use a smaller one, or raise --max-position-embeddings"),
-    ("ids beyond the vocabulary", {"vocab-size": 7},
-     "--data-path {root}/data holds token id 7, the model has 7 tokens: preprocess with this model's own tokenizer"),
+    ("a vocabulary that is not the checkpoint's", {"vocab-size": 7},
+     "--vocab-size 7 contradicts --load {root}/base, which says 259: remove the flag"),
     ("a split without training samples", {"split": "0,50,50"}, "--split 0,50,50 leaves no training sample of 32 in "),
 ]
 # fmt: on
@@ -198,6 +198,18 @@ def test_a_truncated_token_file_is_named(files: Files, tmp_path: Path, capsys: p
     line = refused(train, train_words(files, tmp_path / "save", {"data-path": prefix}), capsys, status=1)
     assert line.startswith(f"error: {tokens}: is truncated: ") and "run preprocess_data.py again" in line
     assert not (tmp_path / "save").exists()
+
+
+def test_ids_beyond_the_vocabulary_are_named(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from modellink_lora.data.corpus import writing_corpus
+
+    prefix = str(tmp_path / "foreign")
+    with writing_corpus(prefix, {"prompt_type": "alpaca"}) as writer:
+        writer.add([1, 300, 2], [1, 1, 1], [-100, 300, 2])
+    line = refused(train, train_words(files, tmp_path / "save", {"data-path": prefix}), capsys, status=1)
+    assert line == f"error: --data-path {prefix} holds token id 300, the model has 259 tokens: " + (
+        "preprocess with this model's own tokenizer"
+    )
 
 
 def test_a_truncated_rank_file_is_named(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
