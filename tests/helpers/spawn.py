@@ -7,6 +7,7 @@ rank. Starting a process costs seconds of imports; a check in a running one cost
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
 
     import torch
     import torch.distributed as dist
+    from megatron.core import parallel_state
 
     from modellink_lora.device import get_device
     from modellink_lora.parallel.context import start_processes
@@ -107,7 +109,9 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
                 "gloo", rank=rank, world_size=size, init_method=f"file://{rendezvous}{check}", timeout_minutes=2
             )
             result = function(**arguments)
+            parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+            gc.collect()  # models hold their groups in cycles
             connection.send((True, result))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
