@@ -113,8 +113,7 @@ class TrainConfig:
         for name, low in (*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)):
             if getattr(self, name) < low:
                 spelling = "--" + name.replace("_", "-")
-                hint = " is missing or too small" if name == "train_iters" else ""
-                raise UserError(f"{spelling} {getattr(self, name)}{hint}: must be at least {low}")
+                raise UserError(f"{spelling} {getattr(self, name)}: give a whole number of at least {low}")
         if self.save and self.load and Path(self.save).resolve() == Path(self.load).resolve():
             raise UserError(f"--save {self.save} is also --load: the adapter would take the base's place; name another")
         if self.lr <= 0:

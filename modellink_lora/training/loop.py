@@ -65,7 +65,7 @@ def fine_tune(
     seed_everything(train.seed, context, device)
     setup = set_up(
         base, lora, adapter, context, device, dtype=train.dtype, seed=train.seed,
-        overrides={**_overrides(train, data, context)},
+        overrides=_overrides(train, data, context),
     )  # fmt: skip
     notes = [*run_data.notes, *setup.notes]
     if not train.load:

@@ -28,8 +28,8 @@ def test_the_dtype_is_fp32_unless_a_flag_says_otherwise() -> None:
     [
         ({"stage": "rm"}, "--stage rm is not offered"),
         ({"bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),
-        ({"train_iters": 0}, "--train-iters 0 is missing or too small: must be at least 1"),
-        ({"micro_batch_size": 0}, "--micro-batch-size 0: must be at least 1"),
+        ({"train_iters": 0}, "--train-iters 0: give a whole number of at least 1"),
+        ({"micro_batch_size": 0}, "--micro-batch-size 0: give a whole number of at least 1"),
         ({"lr": 0.0}, "--lr is missing: give a positive learning rate"),
         ({"lr": -1.0}, "--lr -1.0: give a positive learning rate"),
         ({"min_lr": 2.0}, "--min-lr 2.0 must lie between 0 and --lr 0.001"),
