@@ -40,6 +40,7 @@ def main() -> None:
         top.plot(steps, losses, linewidth=1, label=f"modellink_lora, {label}")
         error = [abs(a - b) / b for a, b in zip(losses, peft, strict=True)]
         bottom.semilogy(steps, [max(e, 1e-9) for e in error], linewidth=1)
+    bottom.set_ylim(5e-10, 1e-4)
     bottom.axhline(1e-5, color="grey", linestyle="--", linewidth=1)
     bottom.text(1, 1.2e-5, "held to 1e-5 by the tests", color="grey", fontsize=8, va="bottom")
     top.set(ylabel="loss", title="A 4-layer Llama, r 4, AdamW, fp32: the same losses on every layout")

@@ -82,3 +82,15 @@ def test_processes_other_than_the_first_say_and_write_nothing(
     silent.step(1.0)
     assert silent.close() is None
     assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reporter = Reporter(speaks=True, folder=None, tensorboard=str(tmp_path), start=0, total=2)
+    reporter.record(1, {"lm loss": 2.5, "grad norm": None})
+    reporter.record(2, {"lm loss": 1.5})
+    reporter.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["lm loss"]
+    assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 2.5), (2, 1.5)]
