@@ -104,13 +104,8 @@ def adapter_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
-# every layout for two models, the extremes for the other two; by world size, so that processes start once for each
-_EXTREMES = ("tp1", "tp2-pp2-sp")
-CASES = sorted(
-    ((model, layout) for model in MODELS for layout in LAYOUTS
-     if model in ("llama-tied", "qwen2-untied") or layout in _EXTREMES),
-    key=lambda case: LAYOUTS[case[1]][0],
-)  # fmt: skip
+# by world size, so that processes start once for each
+CASES = sorted(((model, layout) for model in MODELS for layout in LAYOUTS), key=lambda case: LAYOUTS[case[1]][0])
 
 
 @pytest.mark.parametrize("model, layout", CASES)
