@@ -4,7 +4,12 @@ import sys
 
 from modellink_lora.cli.main import run
 
-if __name__ == "__main__":
-    from modellink_lora.cli.train import main
 
-    sys.exit(run(main))
+def job() -> int:
+    from modellink_lora.cli.train import main  # seconds of imports, in which the launcher is watched already
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run(job))

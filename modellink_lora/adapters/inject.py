@@ -20,12 +20,13 @@ def inject(
     linears: list[AdaptedLinear],
     context: ParallelContext,
     partition: Partition,
+    chunk: int,
     *,
     dtype: torch.dtype,
     dropout: float,
     read: Callable[[str], Tensor],
 ) -> dict[str, LoraLinear]:
-    """Freeze `model` and wrap this stage's share of `linears`; returns global module name -> its layer.
+    """Freeze `model`, a chunk of this stage, and wrap its share of `linears`: global module name -> its layer.
 
     Args:
         read: global name of a factor -> full tensor; `fresh` for a new adapter.
@@ -34,9 +35,9 @@ def inject(
         parameter.requires_grad_(False)
     wrapped = {}
     for linear in linears:
-        if not partition.holds(linear.name, context.pp_rank):
+        if not partition.holds(linear.name, context.pp_rank, chunk):
             continue
-        parent_name, _, leaf = partition.to_local(linear.name, context.pp_rank).rpartition(".")
+        parent_name, _, leaf = partition.to_local(linear.name, context.pp_rank, chunk).rpartition(".")
         parent = model.get_submodule(parent_name)
 
         def shard(factor: str, linear: AdaptedLinear = linear) -> Tensor:

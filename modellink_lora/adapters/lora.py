@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -30,6 +29,8 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
+
+from modellink_lora.models.dropout import Dropout
 
 
 class LoraLinear(torch.nn.Module):
@@ -56,12 +57,13 @@ class LoraLinear(torch.nn.Module):
         self.is_column = isinstance(base, ColumnParallelLinear)
         self.sequence_parallel = bool(base.sequence_parallel)
         self.tp_group = base.tp_group
-        self.scaling, self.dropout = scaling, dropout
-        self.enabled = True
+        self.scaling, self.enabled = scaling, True
+        cut = "features" if not self.is_column else "positions" if self.sequence_parallel else None
+        self.dropout = Dropout(dropout, rank=self.tp_group.rank(), cut=cut)
         self.lora_A = torch.nn.Parameter(lora_A)
         self.lora_B = torch.nn.Parameter(lora_B)
-        cut, whole = (self.lora_B, self.lora_A) if self.is_column else (self.lora_A, self.lora_B)
-        set_tensor_model_parallel_attributes(cut, True, 0 if self.is_column else 1, 1)
+        sharded, whole = (self.lora_B, self.lora_A) if self.is_column else (self.lora_A, self.lora_B)
+        set_tensor_model_parallel_attributes(sharded, True, 0 if self.is_column else 1, 1)
         # Under SP each rank's gradient of the replicated factor covers its own tokens: megatron-core sums those
         # marked so over the TP group when it finalizes gradients.
         whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
@@ -75,7 +77,7 @@ class LoraLinear(torch.nn.Module):
 
     def delta(self, x: Tensor) -> Tensor:
         """The adapter's share of the output, in the adapter's dtype."""
-        low = F.linear(self._drop(x).to(self.lora_A.dtype), self.lora_A)  # [s(/t), b, r]
+        low = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # [s(/t), b, r]
         group = self.tp_group
         if self.is_column and self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=group)
@@ -86,11 +88,3 @@ class LoraLinear(torch.nn.Module):
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=group)
         return F.linear(low * self.scaling, self.lora_B)  # [s(/t), b, o(/t)]
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if not self.training or self.dropout == 0.0:
-            return x
-        if self.is_column and not self.sequence_parallel:
-            return F.dropout(x, self.dropout)  # x is replicated: the shared stream gives every rank the same mask
-        with get_cuda_rng_tracker().fork():  # x differs between ranks: each draws its own mask
-            return F.dropout(x, self.dropout)

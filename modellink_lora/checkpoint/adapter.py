@@ -1,4 +1,4 @@
-"""The adapter checkpoint: full LoRA tensors by global name, with everything needed to merge or resume beside them.
+"""An adapter as full LoRA tensors by global name, and this program's own file format for it.
 
 `iter_NNNNNNN/adapter.safetensors` holds `<global module>.lora_A` [r, in] and `.lora_B` [out, r] as if trained on one
 process; `adapter.json` holds what they mean. docs/formats.md describes every file.
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modellink_lora.checkpoint.store import newest, replacing_file
+from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -47,6 +47,9 @@ class Adapter:
     folder: Path
     meta: AdapterMeta
     shapes: Mapping[str, tuple[int, ...]]
+    origin: str | None = None  # the program that wrote it; None: this one
+    notes: tuple[str, ...] = ()  # what the user should know about how it was read
+    reader: Callable[[str], Tensor] | None = None  # of an adapter from elsewhere
 
     @property
     def modules(self) -> list[str]:
@@ -54,6 +57,8 @@ class Adapter:
         return [name.removesuffix(".lora_A") for name in self.shapes if name.endswith(".lora_A")]
 
     def read(self, name: str) -> Tensor:
+        if self.reader is not None:
+            return self.reader(name)
         with safe_open(self.folder / TENSORS, framework="pt") as file:
             return file.get_tensor(name)
 
@@ -67,12 +72,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta
         temporary.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def open_adapter(root: Path, *, flag: str = "--lora-load") -> Adapter:
-    """The newest adapter below `root`. Raises UserError when there is none, or its files are torn or disagree."""
-    folder = newest(root, flag=flag)
+def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
+    """The adapter in `folder`. Raises UserError when its files are missing or torn, or disagree."""
     for name in (META, TENSORS):
         if not (folder / name).is_file():
-            raise UserError(f"{flag} {root}: {folder.name} holds no {name}, so it is not an adapter of this program")
+            raise UserError(f"{flag} {folder}: holds no {name}, so it is not an adapter of this program")
     try:
         document = json.loads((folder / META).read_text())
     except json.JSONDecodeError as error:
@@ -108,6 +112,15 @@ def check_flags(adapter: Adapter, given: Mapping[str, Any], *, flag: str = "--lo
                 f"--{spelling} {_show(value)} contradicts the adapter {flag} {adapter.folder}, "
                 f"which was trained with {_show(stored)}: remove the flag"
             )
+
+
+def check_resumable(adapter: Adapter) -> None:
+    """Raise UserError when `adapter` comes from a program whose optimizer state is not read."""
+    if adapter.origin:
+        raise UserError(
+            f"--lora-load {adapter.folder} is an adapter of {adapter.origin}, whose optimizer state is not read, so "
+            "that run cannot be resumed; give --finetune to start a new run from its weights"
+        )
 
 
 def _show(value: Any) -> str:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from tqdm import tqdm
 
 from modellink_lora.checkpoint import dtypes, megatron_args
 from modellink_lora.checkpoint.hf import copy_companions
-from modellink_lora.checkpoint.names import from_legacy, to_legacy
+from modellink_lora.checkpoint.names import to_legacy
+from modellink_lora.checkpoint.rank_tree import FILE as FILE
+from modellink_lora.checkpoint.rank_tree import RankTree, Shards, Spelling, open_tree, rank_file
 from modellink_lora.checkpoint.store import iteration_folder, newest, read_tracker, replacing_folder, write_tracker
-from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -29,11 +29,8 @@ from modellink_lora.models.family import Family, TensorSpec
 from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
 
-FILE = "model_optim_rng.pt"
 HF_FILES = "hf"  # folder below the checkpoint's root with config.json and tokenizer of the source model
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-Spelling = Literal["mcore", "legacy"]
-_DERIVED = re.compile(r"(_extra_state|inv_freq)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +38,32 @@ class RankFiles:
     """An opened checkpoint. Tensors stay on disk until read."""
 
     root: Path
-    folder: Path
     iteration: int | str
     args: argparse.Namespace
     config: ModelConfig
-    tp: int
-    partition: Partition
-    spelling: Spelling
     dtype: torch.dtype
-    _shards: Mapping[tuple[int, int], Mapping[str, Tensor]]  # (tp rank, stage) -> global name -> shard
+    _tree: RankTree
+
+    @property
+    def folder(self) -> Path:
+        return self._tree.folder
+
+    @property
+    def tp(self) -> int:
+        return self._tree.tp
+
+    @property
+    def partition(self) -> Partition:
+        return self._tree.partition
+
+    @property
+    def spelling(self) -> Spelling:
+        return self._tree.spelling
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether a LoRA adapter lies in the same files, as in ModelLink's mcore LoRA checkpoints."""
+        return self._tree.holds_adapter
 
     @property
     def family(self) -> Family:
@@ -70,9 +84,8 @@ class RankFiles:
         return shards[rank] if size == self.tp else spec.layout.shard(spec.layout.gather(shards), rank, size)
 
     def _find(self, name: str) -> tuple[TensorSpec, list[Tensor]]:
-        spec = self.family.tensor(name, self.config)
-        stage = next(p for p in range(self.partition.stages) if self.partition.holds(name, p))
-        return spec, [self._shards[rank, stage][name] for rank in range(self.tp)]
+        stage = self._tree.stage_of(name)
+        return self.family.tensor(name, self.config), [self._tree.base[rank, stage][name] for rank in range(self.tp)]
 
 
 def open_rank_files(root: Path, *, flag: str = "--load", model_flags: Mapping[str, Any] | None = None) -> RankFiles:
@@ -86,28 +99,32 @@ def open_rank_files(root: Path, *, flag: str = "--load", model_flags: Mapping[st
     Raises:
         UserError: no checkpoint, files missing, damaged or unsafe, tensors missing or left over, a flag contradicts it.
     """
-    folder = newest(root, flag=flag)
-    files = _load_all(folder, flag)
-    tp, stages = max(rank for rank, _ in files) + 1, max(stage for _, stage in files) + 1
-    args = files[0, 0].get("args")
-    if not isinstance(args, argparse.Namespace):
-        raise UserError(f"{_file(folder, 0, 0, stages)}: holds no args, so the model's dimensions are unknown")
-    first = _model(files[0, 0], folder)
-    spelling: Spelling = "legacy" if "language_model" in first else "mcore"
-    local = {key: dict(_flatten(_model(file, folder), spelling, folder)) for key, file in files.items()}
-    partition = Partition(tuple(_count_layers(local[0, stage]) for stage in range(stages)))
-    shards = {
-        (rank, stage): {partition.to_global(name, stage): tensor for name, tensor in tensors.items()}
-        for (rank, stage), tensors in local.items()
-    }
-    _check_args_layout(args, tp, stages, folder)
-    _check_tied_copy(args, shards, tp, stages, folder)
-    sizes = _measure(args, shards, tp, partition, folder)
+    tree = open_tree(newest(root, flag=flag), flag=flag)
+    return as_model(tree, root, read_tracker(root, flag=flag), flag=flag, model_flags=model_flags)
+
+
+def as_model(
+    tree: RankTree,
+    root: Path,
+    iteration: int | str,
+    *,
+    flag: str = "--load",
+    model_flags: Mapping[str, Any] | None = None,
+) -> RankFiles:
+    """The base model of opened rank files; see `open_rank_files`."""
+    folder = tree.folder
+    if tree.args is None:
+        raise UserError(f"{tree.file(0, 0)}: holds no args, so the model's dimensions are unknown")
+    if tree.holds_adapter and not tree.holds_layers:
+        raise UserError(
+            f"{flag} {folder}: holds an adapter without the layers of its base: give the base to {flag} and this "
+            "folder to --lora-load"
+        )
+    args = argparse.Namespace(**vars(tree.args))
+    _check_tied_copy(args, tree)
+    sizes = _measure(args, tree)
     config = megatron_args.model_config(args, sizes, model_flags or {}, where=f"{flag} {root}")
-    result = RankFiles(
-        root, folder, read_tracker(root, flag=flag), args, config, tp, partition, spelling,
-        shards[0, 0][EMBEDDING].dtype, shards,
-    )  # fmt: skip
+    result = RankFiles(root, iteration, args, config, tree.base[0, 0][EMBEDDING].dtype, tree)
     _check_tensors(result)
     return result
 
@@ -161,7 +178,7 @@ def write_rank_files(
                     shard = shard.clone(memory_format=torch.contiguous_format)
                     _put(model, partition.to_local(name, stage), shard, spelling, tied=tied_copy)
                     bar.update()
-                path = _file(temporary, rank, stage, partition.stages)
+                path = rank_file(temporary, rank, stage, partition.stages)
                 path.parent.mkdir()
                 torch.save({"args": args, "checkpoint_version": 3.0, "iteration": number, "model": model}, path)
     if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
@@ -183,117 +200,31 @@ def _put(model: dict[str, Any], name: str, tensor: Tensor, spelling: Spelling, *
     model[path[-1]] = tensor
 
 
-def _file(folder: Path, rank: int, stage: int, stages: int) -> Path:
-    return folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")) / FILE
-
-
-def _load_all(folder: Path, flag: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """Every rank file by (tp rank, stage). Raises UserError when the set of folders has holes."""
-    found: dict[tuple[int, int], Path] = {}
-    for path in sorted(folder.glob("mp_rank_*")):
-        match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?", path.name)
-        if not match:
-            raise UserError(f"{path}: unexpected folder name; expected mp_rank_TT or mp_rank_TT_PPP")
-        if match.group(3):
-            raise UserError(f"{path}: expert-parallel checkpoints are not supported in this version")
-        found[int(match.group(1)), int(match.group(2) or 0)] = path / FILE
-    if not found:
-        hint = "a torch_dist checkpoint is not read by this version" if (folder / ".metadata").exists() else "empty"
-        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders ({hint})")
-    tp, stages = max(rank for rank, _ in found) + 1, max(stage for _, stage in found) + 1
-    for rank in range(tp):
-        for stage in range(stages):
-            if (rank, stage) not in found or not found[rank, stage].is_file():
-                missing = found.get((rank, stage), _file(folder, rank, stage, stages))
-                raise UserError(f"{missing} is missing: {folder} should hold {tp} x {stages} rank files (TP x PP)")
-    return {key: load_rank_file(path) for key, path in found.items()}
-
-
-def _model(file: dict[str, Any], folder: Path) -> dict[str, Any]:
-    if "model0" in file:
-        raise UserError(f"{folder}: is laid out for virtual pipeline stages (model0, model1, ...): not in this version")
-    if not isinstance(file.get("model"), dict):
-        raise UserError(f"{folder}: a rank file holds no model, only {', '.join(map(str, file))}")
-    return file["model"]
-
-
-def _flatten(model: Mapping[str, Any], spelling: Spelling, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(local mcore name, tensor) of one rank file; derived buffers left out, anything unknown refused."""
-    for path, value in _leaves(model, ()):
-        name = ".".join(path)
-        if _DERIVED.search(name):
-            continue
-        if ".base_layer." in name or ".lora_A." in name or ".lora_B." in name:
-            raise UserError(
-                f"{folder}: contains LoRA tensors ({name}): base checkpoints with an adapter inside are not read in "
-                "this version; merge it with the program that wrote it"
-            )
-        if not isinstance(value, Tensor):
-            raise UserError(f"{folder}: {name} is a {type(value).__name__}, expected a tensor")
-        if spelling == "legacy":
-            try:
-                name = from_legacy(path)
-            except (KeyError, ValueError):
-                raise UserError(f"{folder}: tensor {name} belongs to no supported model") from None
-        yield name, value
-
-
-def _leaves(node: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
-
-
-def _count_layers(tensors: Mapping[str, Tensor]) -> int:
-    indices = {int(match.group(1)) for name in tensors if (match := re.match(r"decoder\.layers\.(\d+)\.", name))}
-    return max(indices, default=-1) + 1
-
-
-def _check_args_layout(args: argparse.Namespace, tp: int, stages: int, folder: Path) -> None:
-    for name, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", stages)):
-        said = getattr(args, name, found)
-        if said != found:
-            raise UserError(
-                f"{folder}: args say {name} {said}, the rank folders make it {found}: files are missing or mixed"
-            )
-    if (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or getattr(args, "num_experts", None):
-        raise UserError(f"{folder}: is a mixture-of-experts checkpoint: not supported in this version")
-
-
-def _check_tied_copy(
-    args: argparse.Namespace, shards: dict[tuple[int, int], dict[str, Tensor]], tp: int, stages: int, folder: Path
-) -> None:
+def _check_tied_copy(args: argparse.Namespace, tree: RankTree) -> None:
     """Drop the last stage's copy of a tied embedding after comparing it; decide tiedness where args are silent."""
+    shards, stages = tree.base, tree.partition.stages
     has_head = HEAD in shards[0, stages - 1]
     if not hasattr(args, "untie_embeddings_and_output_weights"):
         args.untie_embeddings_and_output_weights = has_head and not _same_head(shards, 0, stages)
     if args.untie_embeddings_and_output_weights or not has_head:
         return
-    for rank in range(tp):
+    for rank in range(tree.tp):
         if not _same_head(shards, rank, stages):
             raise UserError(
-                f"{folder}: args say the output layer is tied to the embedding, but the two differ on tensor-parallel "
-                f"rank {rank}"
+                f"{tree.folder}: args say the output layer is tied to the embedding, but the two differ on "
+                f"tensor-parallel rank {rank}"
             )
         del shards[rank, stages - 1][HEAD]
 
 
-def _same_head(shards: Mapping[tuple[int, int], Mapping[str, Tensor]], rank: int, stages: int) -> bool:
+def _same_head(shards: Shards, rank: int, stages: int) -> bool:
     embedding = shards[rank, 0].get(EMBEDDING)
     return embedding is not None and torch.equal(shards[rank, stages - 1][HEAD], embedding)
 
 
-def _measure(
-    args: argparse.Namespace,
-    shards: Mapping[tuple[int, int], Mapping[str, Tensor]],
-    tp: int,
-    partition: Partition,
-    folder: Path,
-) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, tree: RankTree) -> dict[str, Any]:
     """ModelConfig fields that the tensors tell by themselves."""
-    tensors = shards[0, 0]
+    tensors, tp, folder = tree.base[0, 0], tree.tp, tree.folder
     layer = "decoder.layers.0."
     need = {
         "embedding": EMBEDDING, "qkv": layer + "self_attention.linear_qkv.weight",
@@ -310,7 +241,7 @@ def _measure(
         )
     head_dim = proj[1] * tp // heads
     fields = {
-        "num_layers": sum(partition.counts),
+        "num_layers": sum(tree.partition.counts),
         "hidden_size": embedding[1],
         "padded_vocab_size": embedding[0] * tp,
         "kv_channels": head_dim,
@@ -331,9 +262,10 @@ def _measure(
 def _check_tensors(files: RankFiles) -> None:
     """Every tensor of the family is on its stage in the right shape, on every rank, and nothing is left over."""
     specs = {spec.name: spec for spec in files.family.tensors(files.config)}
-    for (rank, stage), tensors in files._shards.items():
-        where = _file(files.folder, rank, stage, files.partition.stages)
-        expected = {name for name in specs if files.partition.holds(name, stage)}
+    stages = {name: files._tree.stage_of(name) for name in specs}
+    for (rank, stage), tensors in files._tree.base.items():
+        where = files._tree.file(rank, stage)
+        expected = {name for name in specs if stages[name] == stage}
         if missing := sorted(expected - tensors.keys()):
             raise UserError(f"{where}: lacks {len(missing)} tensors, e.g. {missing[0]}")
         if extra := sorted(tensors.keys() - expected):

@@ -27,9 +27,7 @@ _SWITCHES = {
     "no-async-tensor-model-parallel-allreduce": "it moves a reduction in time, not in value",
     "swap-attention": "it moves activations to host memory; the --recompute flags save memory",
     "reuse-fp32-param": "it restores the fp32 weights bit by bit from bf16 and a residual; here both are kept",
-    "use-distributed-optimizer": "the plain data-parallel optimizer runs; the result is the same",
-    "overlap-grad-reduce": "gradients are reduced after the backward pass; the result is the same",
-    "overlap-param-gather": "every process keeps all its weights, nothing has to be gathered; the result is the same",
+    "no-load-rng": "dropout follows from the seed and the sample, so there are no random states to load",
     "use-rotary-position-embeddings": (
         "rotary positions are the only ones here; without --load also give --position-embedding-type rope"
     ),
@@ -73,10 +71,6 @@ REFUSED: dict[str, str] = {
     "moe-token-dispatcher-type": _NO_EXPERTS,
     "moe-permutation-async-comm": _NO_EXPERTS,
     "moe-grouped-gemm": _NO_EXPERTS,
-    "num-layers-per-virtual-pipeline-stage": (
-        "interleaved pipeline stages are not available; use --pipeline-model-parallel-size, with --num-layer-list "
-        "where the stages should differ"
-    ),
     "reset-position-ids": (
         "training on packed samples with positions that restart is not available; preprocess without --pack and use "
         "--variable-seq-lengths"

@@ -9,12 +9,16 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from modellink_lora import __version__
+from modellink_lora.cli.ending import record_error, watch_launcher
 from modellink_lora.config.errors import UserError
 
 JOBS = {
     "preprocess": "turn conversations into token files",
+    "plan": "list the layouts of a model that fit on so many devices, and the command of the fastest",
     "train": "fine-tune with LoRA",
+    "verify": "check gradients and layouts on your own model and devices",
     "convert": "translate, reshard and merge checkpoints",
+    "report": "write the report of a training run again from its folder",
     "logits": "write the logits of prompts, from a base with or without its adapter",
 }
 
@@ -32,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"modellink-lora: error: no job {words[0]!r}; choose {', '.join(JOBS)}", file=sys.stderr)
         return 2
     # imported by name only now: one job must not wait for, or need, the libraries of another
-    job = import_module(f"modellink_lora.cli.{words[0]}")
-    return run(lambda: job.main(words[1:]))
+    return run(lambda: import_module(f"modellink_lora.cli.{words[0]}").main(words[1:]))
 
 
 # All processes of a run usually fail for the same reason. The launcher stops the others once one has ended: those that
@@ -43,17 +46,26 @@ _PATIENCE_SECONDS = 10.0
 
 
 def run(job: Callable[[], int | None]) -> int:
-    """The exit status of `job`: 1 after one line for an error of the user, 130 after Ctrl-C."""
+    """The exit status of `job`: 1 after one line for an error of the user, 130 after Ctrl-C.
+
+    Errors of processes that have joined each other do not come here: cli/processes.py ends those.
+    """
+    watch_launcher()
     try:
         return job() or 0
     except UserError as error:
+        line = f"{_rank_prefix()}error: {' '.join(str(error).split())}"
+        record_error(line)
         if _rank_prefix():
             time.sleep(_PATIENCE_SECONDS)
-        print(f"{_rank_prefix()}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(line, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{_rank_prefix()}stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        record_error(f"{_rank_prefix()}{type(error).__name__}: {error}", error)
+        raise
 
 
 def _rank_prefix() -> str:

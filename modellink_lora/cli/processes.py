@@ -1,23 +1,46 @@
-"""Joining the processes of a multi-process job: the device made active, the process group entered and left."""
+"""Joining the processes of a multi-process job: the device made active, the process group entered and left.
+
+When one of several processes fails inside, all end, and one line a host says why.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import time
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from modellink_lora.checkpoint.store import writing
+from modellink_lora.cli.ending import end
 from modellink_lora.cli.launch import Launch, set_environment_defaults
+from modellink_lora.cli.signals import Stop
+from modellink_lora.config.errors import UserError
 from modellink_lora.device import Device, get_device
 from modellink_lora.parallel.context import start_processes
+from modellink_lora.parallel.liveness import Liveness, Timing
+
+# All processes usually fail for the same reason: the others give the first that long to say it without a rank's name.
+_FIRST_SPEAKS_SECONDS = 3.0
 
 
 @contextlib.contextmanager
 def joined(
-    launch: Launch, *, device: str, timeout_minutes: int, deterministic: bool = False
+    launch: Launch,
+    *,
+    device: str,
+    timeout_minutes: int,
+    deterministic: bool = False,
+    stop: Stop | None = None,
+    timing: Timing | None = None,
 ) -> Iterator[tuple[Device, torch.device]]:
     """The active device and this process's torch device, inside the default process group.
 
@@ -25,6 +48,8 @@ def joined(
 
     Args:
         device: a device's name, or "auto" for what the environment says.
+        stop: the wish to stop, which then also looks at the other processes.
+        timing: of the heartbeat.
     """
     chosen = get_device(device if device != "auto" else launch.device)
     set_environment_defaults(chosen.name, deterministic=deterministic)
@@ -39,7 +64,64 @@ def joined(
         init_method=f"tcp://{launch.master_address}:{launch.master_port}" if launch.world_size == 1 else "env://",
         timeout_minutes=timeout_minutes,
     )
+    peers = _watched(launch, timing or Timing()) if launch.world_size > 1 else None
+    stop = stop or Stop()
+    stop.peers = peers
     try:
         yield chosen, torch_device
+        if peers:
+            peers.leave()
+    except BaseException as error:
+        if peers:
+            stop.failing = not isinstance(error, KeyboardInterrupt)
+            _fail(error, launch, peers)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_writer(launch: Launch, save: Path | None) -> Iterator[None]:
+    """The first process holds the lock of `save`; the others enter when it does. Inside `joined`."""
+    with contextlib.ExitStack() as held:
+        if save and launch.is_first:
+            held.enter_context(writing(save, flag="--save", tell=lambda line: print(line, flush=True)))
+        if save and launch.world_size > 1:  # nobody may read a folder that is being mended
+            dist.barrier()
+        yield
+
+
+def _watched(launch: Launch, timing: Timing) -> Liveness:
+    def ended(line: str, status: int, speak: bool) -> NoReturn:
+        end(line, status, speak=speak, linger=timing.linger)
+
+    return Liveness(
+        address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
+        local_rank=launch.local_rank, host=os.uname().nodename, ended=ended, timing=timing,
+    )  # fmt: skip
+
+
+def _fail(error: BaseException, launch: Launch, peers: Liveness) -> NoReturn:
+    """Tell the other processes what this one failed of, and end without waiting for any of them."""
+    trace = "".join(traceback.format_exception(error))
+    sys.stdout.flush()
+    if isinstance(error, KeyboardInterrupt):
+        peers.end("stopped", 130)
+    if isinstance(error, UserError):
+        trace, line = "", f"error: {' '.join(str(error).split())}"
+        if not launch.is_first:
+            time.sleep(_FIRST_SPEAKS_SECONDS)
+    else:
+        line = f"error: {type(error).__name__}: {' '.join(str(error).split())}"
+        if _of_the_network(error):
+            # most likely because another process is gone: the heartbeat's thread then ends this one with its name
+            peers.alarm()
+            time.sleep(peers.timing.verdict)
+    peers.end(line, 1, trace=trace)
+
+
+def _of_the_network(error: BaseException) -> bool:
+    """Whether a collective failed, which is not a reason by itself."""
+    words = ("gloo", "nccl", "hccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from modellink_lora.cli.accepted import ACCEPTED, REFUSED
 from modellink_lora.cli.flags import build_parser
 from modellink_lora.cli.launch import Launch
-from modellink_lora.cli.processes import joined
+from modellink_lora.cli.processes import joined, one_writer
+from modellink_lora.cli.signals import stopping
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -34,13 +36,19 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     train, data = TrainConfig(**given[TrainConfig]), SftDataConfig(**given[SftDataConfig])
     parallel = ParallelConfig(**given[ParallelConfig])
     train.batch_size(parallel.data_parallel_size(launch.world_size))
-    with joined(
-        launch,
-        device=train.device,
-        timeout_minutes=train.distributed_timeout_minutes,
-        deterministic=train.deterministic,
-    ) as (device, here):
-        from modellink_lora.training.loop import fine_tune
+    save = Path(train.save) if train.save else None
+    with (
+        stopping(launch, save) as stop,
+        joined(
+            launch,
+            device=train.device,
+            timeout_minutes=train.distributed_timeout_minutes,
+            deterministic=train.deterministic,
+            stop=stop,
+        ) as (device, here),
+        one_writer(launch, save),
+    ):
+        from modellink_lora.training.job import fine_tune
 
         if launch.is_first:
             parser.report_accepted(print)
@@ -52,5 +60,6 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
             lora_flags=given[LoraConfig],
             device=device,
             torch_device=here,
+            stop=stop,
         )
     return 0

@@ -28,6 +28,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = flag(1, "pipeline stages")
     sequence_parallel: bool = flag(False, "split norms and residuals along the sequence; off when TP is 1")
     num_layer_list: str | None = flag(None, "layers of each pipeline stage, e.g. 6,8,8,10; must sum to the layer count")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "interleave the stages in runs of this many layers, which shortens the pipeline's bubble"
+    )
 
     def __post_init__(self) -> None:
         for size, name in (
@@ -36,6 +39,9 @@ class ParallelConfig:
         ):
             if size < 1:
                 raise UserError(f"{name} {size}: must be at least 1")
+        per_chunk = self.num_layers_per_virtual_pipeline_stage
+        if per_chunk is not None and per_chunk < 1:
+            raise UserError(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: must be at least 1")
 
     @property
     def model_parallel_size(self) -> int:

@@ -49,10 +49,12 @@ class TrainConfig:
     load: str | None = flag(None, "base checkpoint; absent means random weights")
     lora_load: str | None = flag(None, "adapter to resume, or with --finetune to start from")
     save: str | None = flag(None, "folder for adapter checkpoints, metrics.jsonl and loss.png")
-    save_interval: int = flag(0, "iterations between saves; 0 saves at the end only")
+    save_interval: int = flag(0, "iterations between saves; 0 saves at the end, and when asked to stop, only")
+    save_total_limit: int = flag(0, "keep this many of the newest checkpoints, and the best; 0 keeps all")
+    save_best: bool = flag(False, "save after every validation that is the best so far")
+    async_save: bool = flag(False, "write checkpoints in the background while training goes on")
     finetune: bool = flag(False, "start at iteration 0 with fresh optimizer and schedule")
     no_load_optim: bool = flag(False, "do not load optimizer state")
-    no_load_rng: bool = flag(False, "do not load random states")
     use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
 
     micro_batch_size: int = flag(1, "samples a process handles at once")
@@ -85,9 +87,17 @@ class TrainConfig:
     check_nan: bool = flag(
         True, "go on after a loss that is not finite", name="no-check-for-nan-in-loss-and-grad", inverted=True
     )
+    use_distributed_optimizer: bool = flag(False, "share optimizer state out over data-parallel replicas")
+    overlap_grad_reduce: bool = flag(False, "reduce gradients over replicas while backward still runs")
+    overlap_param_gather: bool = flag(
+        False, "gather updated parameters while forward already runs; needs the two flags above"
+    )
     recompute_granularity: str | None = flag(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = flag(None, "which layers a full recompute takes", choices=("uniform", "block"))
     recompute_num_layers: int | None = flag(None, "layers per checkpoint (uniform) or checkpointed layers (block)")
+    check_weight_hash_across_dp_replicas_interval: int = flag(
+        100, "steps between comparisons of the bits that several processes hold; 0 compares at saves only"
+    )
     seed: int = flag(1234, "seed of adapters, data order and dropout")
     deterministic: bool = flag(
         False, "only deterministic kernels", name="use-deter-comp", aliases=("deterministic-mode",)
@@ -98,6 +108,9 @@ class TrainConfig:
     eval_interval: int = flag(1000, "steps between validations")
     eval_iters: int = flag(100, "batches of one validation; 0 for none")
     tensorboard_dir: str | None = flag(None, "folder for TensorBoard scalars")
+    wandb_project: str | None = flag(None, "Weights & Biases project; needs `pip install wandb`")
+    wandb_exp_name: str | None = flag(None, "name of the Weights & Biases run; default the name of --save's folder")
+    wandb_save_dir: str | None = flag(None, "folder for Weights & Biases' own files; default --save")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
     distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
 
@@ -109,7 +122,8 @@ class TrainConfig:
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: choose one")
         at_least_one = ("micro_batch_size", "train_iters", "log_interval", "eval_interval")
-        not_negative = ("eval_iters", "exit_interval", "save_interval", "global_batch_size")
+        not_negative = ("eval_iters", "exit_interval", "save_interval", "save_total_limit", "global_batch_size",
+                        "check_weight_hash_across_dp_replicas_interval")  # fmt: skip
         for name, low in (*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)):
             if getattr(self, name) < low:
                 spelling = "--" + name.replace("_", "-")
@@ -127,6 +141,13 @@ class TrainConfig:
                 raise UserError(f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1")
         if self.lr_warmup_iters >= (self.lr_decay_iters or self.train_iters):
             raise UserError(f"--lr-warmup-iters {self.lr_warmup_iters} must be below the decay's number of steps")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise UserError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: without the first "
+                "there is nothing to gather, without the second megatron-core's buckets do not exist"
+            )
+        if (self.save_best or self.save_total_limit or self.async_save) and not self.save:
+            raise UserError("--save-best, --save-total-limit and --async-save need --save: name a folder")
         if self.clip_grad < 0 or self.weight_decay < 0:
             raise UserError("--clip-grad and --weight-decay must not be negative")
         if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):

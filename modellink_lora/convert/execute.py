@@ -34,13 +34,21 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
-    adapter = open_merge(convert, lora_flags)
     if convert.target == "peft":
+        adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
         return _export(convert, adapter, say)
     source = open_source(convert)
+    notes = list(source.notes)
+    if source.files and source.files.holds_adapter:
+        if convert.lora_load is None:
+            convert = dataclasses.replace(convert, lora_load=convert.load_dir)
+            notes.append(f"{convert.load_dir} holds a base and an adapter: the adapter is merged")
+        elif Path(convert.lora_load).resolve() != source.files.root.resolve():
+            notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
+    adapter = open_merge(convert, lora_flags, lambda: source.config)
     _check_places(convert)
-    for note in source.notes:
+    for note in [*notes, *(adapter.notes if adapter else ())]:
         say(f"note: {note}")
     ranks: dict[str, int] = {}
     if adapter:
@@ -90,7 +98,7 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
     if keep and convert.target_pipeline_parallel_size is None and convert.layer_list is None:
-        partition = keep.partition
+        partition = keep.partition if keep.partition.chunks == 1 else Partition.of(source.config.num_layers, stages)
     else:
         partition = Partition.of(source.config.num_layers, stages, convert.layer_list)
     if convert.target == "hf":
@@ -164,6 +172,10 @@ def _write_hf(convert: ConvertConfig, plan: Plan, read: Callable[[str], Tensor],
 def _export(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
     """The adapter alone, in PEFT's format."""
     folder = Path(convert.save_dir)
+    if folder.resolve() == Path(str(convert.lora_load)).resolve():
+        raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
+    for note in adapter.notes:
+        say(f"note: {note}")
     base = convert.base_model_name_or_path
     if base is None and convert.load_dir and convert.source == "hf":
         base = convert.load_dir

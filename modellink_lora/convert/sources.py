@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from modellink_lora.adapters.targets import resolve_targets
-from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags, open_adapter
+from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags
+from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
 from modellink_lora.config.adapter import LoraConfig
@@ -107,8 +108,14 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
     return dataclasses.replace(source, config=config, family=family)
 
 
-def open_merge(convert: ConvertConfig, lora_flags: Mapping[str, Any]) -> Adapter | None:
-    """The adapter of `--lora-load`, checked against the LoRA flags the user typed; None without the flag."""
+def open_merge(
+    convert: ConvertConfig, lora_flags: Mapping[str, Any], base: Callable[[], ModelConfig] | None
+) -> Adapter | None:
+    """The adapter of `--lora-load`, checked against the LoRA flags the user typed; None without the flag.
+
+    Args:
+        base: dimensions of the model to convert, for adapters that do not tell them.
+    """
     if convert.lora_load is None:
         if lora_flags:
             fields = (field for field in dataclasses.fields(LoraConfig) if field.name in lora_flags)
@@ -118,7 +125,7 @@ def open_merge(convert: ConvertConfig, lora_flags: Mapping[str, Any]) -> Adapter
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    adapter = open_adapter(Path(convert.lora_load))
+    adapter = open_adapter(Path(convert.lora_load), base=base, given=given)
     check_flags(adapter, given)
     return adapter
 

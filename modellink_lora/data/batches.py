@@ -14,6 +14,7 @@ from torch import Tensor
 from modellink_lora.data.encode import IGNORED
 
 Sample = tuple[numpy.ndarray, numpy.ndarray]
+Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [b, s]; samples: [b]
 
 
 def collate(
@@ -23,15 +24,17 @@ def collate(
     seq_length: int,
     variable_seq_lengths: bool,
     pad_to_multiple_of: int,
-) -> dict[str, Tensor]:
+    at_least: int = 0,
+) -> Batch:
     """Pad (input_ids, labels) pairs on the right and shift the labels to the position that predicts them.
 
     `labels[:, i]` is the token after position i, 0 where `loss_mask[:, i]` is 0; the last position predicts nothing.
 
     Args:
         variable_seq_lengths: pad to the longest sample, rounded up to `pad_to_multiple_of`, not to `seq_length`.
+        at_least: a length that counts as one of the samples'.
     """
-    longest = max(len(input_ids) for input_ids, _ in samples)
+    longest = max(at_least, *(len(input_ids) for input_ids, _ in samples))
     assert longest <= seq_length, "the data set cuts samples"
     width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of if variable_seq_lengths else seq_length
     tokens = torch.full((len(samples), width), pad_id, dtype=torch.int64)  # [b, s]
@@ -55,8 +58,8 @@ def micro_batches(
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
-) -> Iterator[list[int]]:
-    """Sample numbers of each micro-batch of one rank, from `consumed_samples` of `order` on.
+) -> Iterator[list[tuple[int, int]]]:
+    """(place in `order`, sample number) of each micro-batch of one rank, from `consumed_samples` on.
 
     order:  | rank 0 | rank 1 | rank 0 | rank 1 | rest, not read
             |<- one micro-batch ->|
@@ -65,4 +68,4 @@ def micro_batches(
     block = micro_batch_size * data_parallel_size
     first = data_parallel_rank * micro_batch_size
     for start in range(consumed_samples, len(order) - block + 1, block):
-        yield [int(index) for index in order[start + first : start + first + micro_batch_size]]
+        yield [(place, int(order[place])) for place in range(start + first, start + first + micro_batch_size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ class Device(abc.ABC):
 
     name: str  # "cpu", "cuda", "npu"
     backend: str  # torch.distributed backend
+    widest_float = torch.float64  # that its collectives add up
 
     @classmethod
     @abc.abstractmethod
@@ -41,16 +43,12 @@ class Device(abc.ABC):
         """Seed the device's default generator."""
 
     @abc.abstractmethod
-    def rng_state(self) -> Tensor:
-        """State of the device's default generator, uint8 on the CPU."""
-
-    @abc.abstractmethod
-    def set_rng_state(self, state: Tensor) -> None:
-        """The inverse of `rng_state`."""
-
-    @abc.abstractmethod
     def memory(self) -> dict[str, int]:
         """Bytes: allocated, max allocated, reserved, max reserved."""
+
+    @abc.abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated; on a CPU all processes of the host share them."""
 
     @abc.abstractmethod
     def describe(self) -> str:
@@ -59,12 +57,14 @@ class Device(abc.ABC):
     def supports(self, dtype: torch.dtype) -> bool:
         return True
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float) -> Tensor:
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Most FLOP/s that one device can do in dense matrix multiplications of `dtype`; None if that is not known."""
+        return None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
         """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]. Builds no [s, s] mask."""
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension, statistics in fp32, rounded to x's dtype before the weight.
@@ -74,3 +74,21 @@ class Device(abc.ABC):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * normed.to(x.dtype)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, thin: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Attention out of matmul and softmax, in the shapes of `Device.attention`.
+
+    Args:
+        thin: dropout on the attention weights [b, n, s, s], which are fp32 here.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # [b, g, s, d] -> [b, n, s, d]
+    scores = (q @ k.mT).float() * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(-1)
+    return (thin(weights) if thin else weights).to(v.dtype) @ v

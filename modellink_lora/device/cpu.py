@@ -6,7 +6,6 @@ import resource
 
 import psutil
 import torch
-from torch import Tensor
 
 from modellink_lora.device import redirect
 from modellink_lora.device.base import Device
@@ -34,17 +33,14 @@ class CpuDevice(Device):
     def seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
-    def rng_state(self) -> Tensor:
-        return torch.default_generator.get_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        torch.default_generator.set_state(state)
-
     def memory(self) -> dict[str, int]:
         """Resident memory of the process: a CPU has no allocator statistics."""
         resident = psutil.Process().memory_info().rss
         peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return {"allocated": resident, "max allocated": peak, "reserved": resident, "max reserved": peak}
+
+    def free_memory(self) -> int:
+        return int(psutil.virtual_memory().available)
 
     def describe(self) -> str:
         return f"CPU, {torch.get_num_threads()} threads a process, gloo, torch {torch.__version__}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.device.base import Device
+from modellink_lora.device.peaks import cuda_peak
 
 
 class CudaDevice(Device):
@@ -38,12 +38,6 @@ class CudaDevice(Device):
     def seed(self, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
-    def rng_state(self) -> Tensor:
-        return torch.cuda.get_rng_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        torch.cuda.set_rng_state(state)
-
     def memory(self) -> dict[str, int]:
         return {
             "allocated": torch.cuda.memory_allocated(),
@@ -52,8 +46,17 @@ class CudaDevice(Device):
             "max reserved": torch.cuda.max_memory_reserved(),
         }
 
+    def free_memory(self) -> int:
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch's allocator, for reuse
+        return torch.cuda.mem_get_info()[0] + kept
+
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            return None  # TensorFloat-32 has another peak
+        return cuda_peak(torch.cuda.get_device_name(), dtype)
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL, torch {torch.__version__}"

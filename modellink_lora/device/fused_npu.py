@@ -34,19 +34,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, reference: Callable[..., 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float, reference: Callable[..., Tensor]
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, reference: Callable[..., Tensor]
 ) -> Tensor:
     """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
-    reasons = attention_limits(q, k, v, dropout)
+    reasons = attention_limits(q, k, v)
     if reasons:
         _report("npu_fusion_attention", reasons)
-        return reference(q, k, v, causal=causal, scale=scale, dropout=dropout)
+        return reference(q, k, v, causal=causal, scale=scale)
     import torch_npu
 
     masking = {"atten_mask": _compressed_mask(q.device), "sparse_mode": _LEFT_UP_CAUSAL} if causal else {}
     q, k, v = (x.contiguous() for x in (q, k, v))  # not all CANN releases take strided inputs
-    keep = 1.0 - dropout
-    return torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=scale, keep_prob=keep, **masking)[0]
+    return torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=scale, **masking)[0]
 
 
 def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     )
 
 
-def attention_limits(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> tuple[str, ...]:
+def attention_limits(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """What keeps npu_fusion_attention from taking these arguments; empty if nothing."""
     heads, groups, tokens = q.shape[1], k.shape[1], max(q.shape[2], k.shape[2])
     return _failed(
@@ -73,7 +72,6 @@ def attention_limits(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> tuple[s
         (heads <= _MOST_HEADS, f"{heads} heads, at most {_MOST_HEADS}"),
         (groups > 0 and heads % groups == 0, f"{heads} heads in {groups} groups"),
         (0 < tokens <= _MOST_TOKENS and q.numel() > 0, f"{tokens} tokens"),
-        (0.0 <= dropout < 1.0, f"dropout {dropout}"),
         (q.device.type != "npu" or _since_atlas_a2(), "the chip is older than Atlas A2"),
     )
 

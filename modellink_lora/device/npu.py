@@ -8,12 +8,12 @@ import importlib.util
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import fused_npu, redirect
-from modellink_lora.device.base import Device
+from modellink_lora.device.base import Device, softmax_attention
+from modellink_lora.device.peaks import npu_peak
 
 _MINDSPEED = "mindspeed.megatron_adaptor"
 
@@ -21,6 +21,7 @@ _MINDSPEED = "mindspeed.megatron_adaptor"
 class NpuDevice(Device):
     name = "npu"
     backend = "hccl"
+    widest_float = torch.float32  # HCCL's sums of fp64 are not documented for every chip
 
     @classmethod
     def available(cls) -> bool:
@@ -51,12 +52,6 @@ class NpuDevice(Device):
     def seed(self, seed: int) -> None:
         _npu().manual_seed(seed)
 
-    def rng_state(self) -> Tensor:
-        return _npu().get_rng_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        _npu().set_rng_state(state)
-
     def memory(self) -> dict[str, int]:
         npu = _npu()
         return {
@@ -66,16 +61,24 @@ class NpuDevice(Device):
             "max reserved": npu.max_memory_reserved(),
         }
 
+    def free_memory(self) -> int:
+        npu = _npu()
+        return int(npu.mem_get_info()[0] + npu.memory_reserved() - npu.memory_allocated())
+
     def supports(self, dtype: torch.dtype) -> bool:
         if dtype == torch.bfloat16:
             return bool(_npu().is_bf16_supported())
         return dtype in (torch.float32, torch.float16)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float) -> Tensor:
-        return fused_npu.attention(q, k, v, causal=causal, scale=scale, dropout=dropout, reference=_plain_attention)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+        # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
+        return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fused_npu.rms_norm(x, weight, eps, reference=super().rms_norm)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return npu_peak(_npu().get_device_name(), dtype)
 
     def describe(self) -> str:
         torch_npu = importlib.import_module("torch_npu")
@@ -84,17 +87,6 @@ class NpuDevice(Device):
             f"{_npu().get_device_name()}, CANN {_cann_version()}, HCCL, torch_npu {torch_npu.__version__}, "
             f"torch {torch.__version__}{redirected}"
         )
-
-
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float) -> Tensor:
-    """Attention out of matmul and softmax. F.scaled_dot_product_attention would end in the same fused kernel on NPU."""
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # [b, g, s, d] -> [b, n, s, d]
-    scores = (q @ k.mT).float() * scale
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    return F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
 
 
 @functools.cache

@@ -44,10 +44,9 @@ def prompt_logits(
     """
     prompts = read_prompts(Path(config.prompt_file))
     context = make_context(parallel, torch_device)
-    lora, adapter = (
-        choose_lora({}, config.lora_load) if config.lora_load else (LoraConfig(), None)
-    )  # no target, no layer
     base = open_base(config.load, {}, tp=context.tp_size, seed=_SEED, use_mcore_models=None)
+    wanted = config.lora_load or base.adapter_inside
+    lora, adapter = choose_lora({}, config.lora_load, base) if wanted else (LoraConfig(), None)  # no target, no layer
     folder = config.tokenizer_name_or_path or base.tokenizer_folder
     if folder is None:
         raise UserError(f"--load {config.load} keeps no tokenizer: give its folder to --tokenizer-name-or-path")
@@ -57,7 +56,7 @@ def prompt_logits(
     _check(ids, config, vocab_size=base.config.vocab_size, positions=base.config.max_position_embeddings)
     seed_everything(_SEED, context, device)
     setup = set_up(base, lora, adapter, context, device, dtype=config.dtype, seed=_SEED, overrides={})
-    logits = forward_logits(setup.model, ids, context)
+    logits = forward_logits(setup.chunks[0], ids, context)
     if not context.is_main:
         return
     for note in setup.notes:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.device import Device
+from modellink_lora.models.dropout import Dropout
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
 from modellink_lora.models.rope import inverse_frequencies
@@ -76,9 +77,10 @@ def transformer_config(
     config: ModelConfig, context: ParallelContext, partition: Partition, dtype: str, overrides: Mapping[str, Any]
 ) -> TransformerConfig:
     """megatron-core's own configuration of this model on this layout."""
-    stages = [["decoder"] * count for count in partition.counts]
-    stages[0].insert(0, "embedding")
-    stages[-1].append("loss")
+    runs = [["decoder"] * count for count in partition.counts]
+    runs[0].insert(0, "embedding")
+    runs[-1].append("loss")
+    interleaved = partition.chunks > 1
     settings: dict[str, Any] = dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -97,7 +99,12 @@ def transformer_config(
         hidden_dropout=config.hidden_dropout,
         tensor_model_parallel_size=context.tp_size,
         pipeline_model_parallel_size=context.pp_size,
-        pipeline_model_parallel_layout=stages if context.pp_size > 1 else None,
+        pipeline_model_parallel_layout=runs if context.pp_size > 1 else None,
+        virtual_pipeline_model_parallel_size=partition.chunks if interleaved else None,
+        # The interleaved schedule sends forward and backward between the same two processes when there are two stages.
+        # Posted in one batch, the sends would be matched crosswise, silently; one by one they cannot.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=context.sequence_parallel,
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
@@ -115,7 +122,7 @@ def transformer_config(
     return TransformerConfig(**{**settings, **overrides})
 
 
-def build_model(
+def build_chunks(
     config: ModelConfig,
     context: ParallelContext,
     partition: Partition,
@@ -123,36 +130,53 @@ def build_model(
     *,
     dtype: str,
     overrides: Mapping[str, Any] | None = None,
-) -> GPT:
-    """This rank's stage with memory allocated and nothing in it; `fill` puts the weights there.
+) -> list[GPT]:
+    """The chunks of this rank's stage, with memory allocated and nothing in it; `fill` puts the weights there.
 
     Args:
         overrides: fields of megatron-core's TransformerConfig, such as recompute settings.
     """
     megatron = transformer_config(config, context, partition, dtype, overrides or {})
+    return [_build_chunk(config, megatron, context, partition, device, chunk) for chunk in range(partition.chunks)]
+
+
+def _build_chunk(
+    config: ModelConfig,
+    megatron: TransformerConfig,
+    context: ParallelContext,
+    partition: Partition,
+    device: Device,
+    chunk: int,
+) -> GPT:
     model = GPT(
         megatron,
-        block_spec(megatron, device, partition.counts[context.pp_rank]),
+        block_spec(megatron, device, len(partition.layers(context.pp_rank, chunk)), context.tp_rank),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_position_embeddings,
-        pre_process=context.is_first_stage,
-        post_process=context.is_last_stage,
+        pre_process=context.is_first_stage and chunk == 0,
+        post_process=context.is_last_stage and chunk == partition.chunks - 1,
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=int(config.rotary_base),  # replaced below: megatron-core knows only one scaling
+        vp_stage=chunk if partition.chunks > 1 else None,
     ).to(context.device)
     model.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(context.device)
+    if model.pre_process:
+        cut = "positions" if context.sequence_parallel else None
+        model.embedding.embedding_dropout = Dropout(config.hidden_dropout, rank=context.tp_rank, cut=cut)
     model.model_config = config
     rows = config.padded_vocab_size // context.tp_size
     model.first_padding_column = max(0, min(rows, config.vocab_size - context.tp_rank * rows))
     return model
 
 
-def fill(model: GPT, weights: Weights, family: Family, context: ParallelContext, partition: Partition) -> None:
-    """Copy this rank's shards into every parameter. The vocabulary is padded anew for this layout."""
+def fill(
+    model: GPT, weights: Weights, family: Family, context: ParallelContext, partition: Partition, chunk: int = 0
+) -> None:
+    """Copy this rank's shards into every parameter of a chunk. The vocabulary is padded anew for this layout."""
     config = model.model_config
     for local, parameter in model.named_parameters():
-        name = partition.to_global(local, context.pp_rank)
+        name = partition.to_global(local, context.pp_rank, chunk)
         if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
         layout = family.tensor(name, config).layout

@@ -9,8 +9,6 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,6 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from modellink_lora.device import Device
+from modellink_lora.device.base import softmax_attention
+from modellink_lora.models.dropout import Dropout, ResidualAdd
 
 
 class RMSNorm(torch.nn.Module):
@@ -39,33 +39,34 @@ class RMSNorm(torch.nn.Module):
 
 
 class CausalAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v by the device's fused kernel.
+    """softmax(q k^T / sqrt(d)) v by the device's fused kernel, or out of single operations where dropout thins it.
 
     Padding stands on the right, so with a causal flag no real token sees it and no mask is ever built.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, device: Device, softmax_scale: float | None = None, **_: Any
+        self, config: TransformerConfig, *, device: Device, tp_rank: int, softmax_scale: float | None = None, **_: Any
     ) -> None:
         super().__init__()
         self.device = device
         self.scale = softmax_scale or config.kv_channels**-0.5
-        self.dropout = config.attention_dropout
+        self.dropout = Dropout(config.attention_dropout, rank=tp_rank, cut="features")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n * d]"""
         assert attention_mask is None, "masks are expressed by right padding"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
-        if self.training and self.dropout > 0:
-            with get_cuda_rng_tracker().fork():  # heads differ between ranks, so must their masks
-                out = self.device.attention(q, k, v, causal=True, scale=self.scale, dropout=self.dropout)
+        if self.training and self.dropout.p > 0:  # fused kernels draw masks of their own, which depend on the layout
+            out = softmax_attention(q, k, v, causal=True, scale=self.scale, thin=self.dropout.probabilities)
         else:
-            out = self.device.attention(q, k, v, causal=True, scale=self.scale, dropout=0.0)
+            out = self.device.attention(q, k, v, causal=True, scale=self.scale)
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 
-def block_spec(config: TransformerConfig, device: Device, layers: int) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, device: Device, layers: int, tp_rank: int) -> TransformerBlockSubmodules:
     """`layers` decoder layers and the final norm."""
+    cut = "positions" if config.sequence_parallel else None
+    residual = ModuleSpec(module=ResidualAdd, params={"p": config.hidden_dropout, "rank": tp_rank, "cut": cut})
     norm = ModuleSpec(module=RMSNorm, params={"device": device})
     head_norm = norm if config.qk_layernorm else None
     layer = ModuleSpec(
@@ -77,19 +78,19 @@ def block_spec(config: TransformerConfig, device: Device, layers: int) -> Transf
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=functools.partial(CausalAttention, device=device),
+                    core_attention=functools.partial(CausalAttention, device=device, tp_rank=tp_rank),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)

@@ -1,4 +1,8 @@
-"""Randomness that does not depend on the layout: a tensor is drawn from (seed, its global name), then cut."""
+"""Randomness that does not depend on the layout: every draw is a function of a seed and of global names and numbers.
+
+Tensors are drawn from (seed, name) and then cut. Dropout masks are hashed from (seed, site, sample, position, feature):
+the same element is dropped on every layout, in every batching, and again when a layer is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from torch import Tensor
 
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
+
+_SAMPLES = "samples of the micro-batch"
 
 
 def keyed_generator(seed: int, name: str) -> torch.Generator:
@@ -31,8 +37,61 @@ def kaiming_uniform(name: str, shape: tuple[int, int], *, seed: int) -> Tensor:
     return (torch.rand(shape, generator=keyed_generator(seed, name)) * 2 - 1) * bound
 
 
+def site_key(seed: int, name: str) -> int:
+    """A 32-bit number of its own, signed, for each (seed, place in the model)."""
+    digest = hashlib.sha256(f"{seed}:dropout:{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "little", signed=True)
+
+
+def mix(x: Tensor) -> Tensor:
+    """int32 -> int32, a bijection that turns counters into noise (the finalizer of MurmurHash3, public domain).
+
+    int32 throughout: products wrap alike on every device, and `>>` keeps the sign, so its copies are masked away.
+    """
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * -2048144789  # 0x85EBCA6B
+    x ^= (x >> 13) & 0x7FFFF
+    x *= -1028477387  # 0xC2B2AE35
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def row_keys(site: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """int32 keys [s, b] of the tokens at `positions` [s] of `samples` [b] (int64), at one site."""
+    low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
+    per_sample = mix(mix(low ^ site) + high)  # [b]
+    return mix(per_sample + mix(positions.to(torch.int32)[:, None]))
+
+
+def dropped(rows: Tensor, columns: Tensor, probability: float) -> Tensor:
+    """Which elements dropout takes: bool, of the shape that row keys and column numbers (int32) broadcast to.
+
+    An element goes when its hash, uniform over the int32 range, lies in the lowest part of size `probability`.
+    """
+    threshold = int(probability * 2**32) - 2**31
+    return mix(rows ^ mix(columns)) < threshold
+
+
+def set_samples(samples: Tensor) -> None:
+    """Say which samples [b] (int64, numbered over the whole run) the coming forward pass works on.
+
+    They are kept among megatron-core's random states, because those it restores when it recomputes a layer: by then
+    other micro-batches have passed.
+    """
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    get_cuda_rng_tracker().states_[_SAMPLES] = samples
+
+
+def current_samples() -> Tensor:
+    """Samples [b] of the micro-batch that is being computed, or recomputed."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker().states_[_SAMPLES]
+
+
 def seed_everything(seed: int, context: ParallelContext, device: Device) -> None:
-    """Seed Python, numpy, torch and megatron's named streams; stages and replicas differ, tensor ranks as they must."""
+    """Seed Python, numpy, torch and megatron's named streams. No result depends on them; stray draws repeat."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     own = seed + 100 * context.pp_rank + 10 * context.dp_rank
@@ -41,27 +100,3 @@ def seed_everything(seed: int, context: ParallelContext, device: Device) -> None
     torch.manual_seed(own)
     device.seed(own)
     model_parallel_cuda_manual_seed(own, force_reset_rng=True)
-
-
-def rng_states(device: Device) -> dict[str, Tensor]:
-    """Every random state of this process, as uint8 tensors (safetensors holds nothing else)."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    streams = get_cuda_rng_tracker().get_states()
-    return {
-        "torch": torch.get_rng_state(),
-        "device": device.rng_state(),
-        **{f"stream.{name}": state for name, state in sorted(streams.items())},
-    }
-
-
-def set_rng_states(states: dict[str, Tensor], device: Device) -> None:
-    """The inverse of `rng_states`. Python's and numpy's generators drive nothing after start-up and are not kept."""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    torch.set_rng_state(states["torch"])
-    device.set_rng_state(states["device"])
-    prefix = "stream."
-    get_cuda_rng_tracker().set_states(
-        {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
-    )

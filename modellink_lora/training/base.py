@@ -31,6 +31,11 @@ class Base:
         return base_fingerprint(self.config, self.weights.read) if self.root else None
 
     @property
+    def adapter_inside(self) -> Path | None:
+        """Root of the checkpoint where a LoRA adapter lies in the same files, as ModelLink's mcore runs save it."""
+        return self.root if isinstance(self.weights, RankFiles) and self.weights.holds_adapter else None
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Tokenizer and config kept at conversion, if there are any."""
         kept = self.root / HF_FILES if self.root else None

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
-from modellink_lora.data.batches import collate, micro_batches
+from modellink_lora.data.batches import Batch, collate, micro_batches
 from modellink_lora.data.corpus import InstructionCorpus
 from modellink_lora.data.sft_dataset import SftDataset, sample_order, split_bounds
 from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from modellink_lora.parallel.context import ParallelContext
-from modellink_lora.training.step import Batch
 
 
-class BatchStream(Iterator[Batch]):
-    """Micro-batches of one replica; `lengths` collects the true lengths of their samples until taken."""
+class BatchStream:
+    """Micro-batches of one replica, from one place in the order of samples to its end.
 
-    def __init__(self, samples: SftDataset, indices: Iterator[list[int]], **collate_settings: Any) -> None:
-        self._samples, self._indices, self._settings = samples, indices, collate_settings
-        self._lengths: list[int] = []
+    Args:
+        alike: pad all micro-batches of a `take` to one length. megatron-core's interleaved schedule needs that: it
+            knows one length a step.
+    """
 
-    def __next__(self) -> Batch:
-        samples = [self._samples[i] for i in next(self._indices)]
-        self._lengths += [len(ids) for ids, _ in samples]
-        return collate(samples, **self._settings)
+    def __init__(
+        self, samples: SftDataset, places: Iterator[list[tuple[int, int]]], *, alike: bool, **collate_settings: Any
+    ) -> None:
+        self._samples, self._places, self._alike, self._settings = samples, places, alike, collate_settings
+        self.lengths: list[int] = []  # true lengths of the samples of the last `take`
 
-    def take_lengths(self) -> list[int]:
-        taken, self._lengths = self._lengths, []
-        return taken
+    def take(self, count: int) -> list[Batch]:
+        """The next `count` micro-batches."""
+        taken = list(itertools.islice(self._places, count))
+        assert len(taken) == count, "the order covers the run"
+        read = [[self._samples[index] for _, index in places] for places in taken]
+        self.lengths = [len(ids) for samples in read for ids, _ in samples]
+        at_least = max(self.lengths) if self._alike else 0
+        batches = []
+        for places, samples in zip(taken, read, strict=True):
+            batch = collate(samples, at_least=at_least, **self._settings)
+            batches.append({**batch, "samples": torch.tensor([place for place, _ in places])})
+        return batches
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,20 @@ class RunData:
     notes: list[str]
 
     @property
+    def interleaved(self) -> bool:
+        """Whether stages hold several runs of layers."""
+        return bool(self.context.config.num_layers_per_virtual_pipeline_stage)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step that each replica computes."""
+        return self.batch_size // (self.train.micro_batch_size * self.context.dp_size)
+
+    @property
     def order(self) -> dict[str, Any]:
         """What decides the order of training samples; a resumed run must agree."""
-        known = {"samples": len(self.splits["train"]), "seed": self.train.seed, "shuffle": self.config.shuffle}
+        known = {"data": self.corpus.fingerprint(), "samples": len(self.splits["train"]), "seed": self.train.seed,
+                 "shuffle": self.config.shuffle}  # fmt: skip
         if self.config.full_shuffle_instruction_dataset:  # shuffles all epochs together, so their number matters
             known["full_shuffle_of"] = self.train.train_iters * self.batch_size
         return known
@@ -78,7 +102,7 @@ class RunData:
             shuffle=self.config.shuffle and training,
             full_shuffle=self.config.full_shuffle_instruction_dataset and training,
         )
-        indices = micro_batches(
+        places = micro_batches(
             order,
             consumed_samples=consumed_samples,
             micro_batch_size=self.train.micro_batch_size,
@@ -87,7 +111,8 @@ class RunData:
         )
         return BatchStream(
             SftDataset(self.corpus, span, seq_length=self.config.seq_length),
-            indices,
+            places,
+            alike=self.interleaved,
             pad_id=0,  # on the right of a causal model, and masked: no value there changes a result
             seq_length=self.padded_length,
             variable_seq_lengths=self.config.variable_seq_lengths,
@@ -130,6 +155,13 @@ def open_data(
     _check_origin(corpus, config, tokenizer)
     notes = [f"warning: {line}" for line in corpus.warnings()]
     batch_size = train.batch_size(context.dp_size)
+    count, stages = batch_size // (train.micro_batch_size * context.dp_size), context.pp_size
+    if context.config.num_layers_per_virtual_pipeline_stage and count % stages:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage needs a multiple of {stages} micro-batches a step and replica "
+            f"(the pipeline's stages), --global-batch-size {batch_size} makes {count}: give a multiple of "
+            f"{train.micro_batch_size * context.dp_size * stages}"
+        )
     bounds = split_bounds(config.split, len(corpus))
     splits = dict(zip(("train", "valid", "test"), bounds, strict=True))
     if not len(splits["train"]):

@@ -1,10 +1,8 @@
-"""Arithmetic of a LoRA step and memory of a rank, from dimensions alone. Pure."""
+"""Arithmetic of a LoRA step, from dimensions alone. Pure."""
 
 from __future__ import annotations
 
 from modellink_lora.config.model import ModelConfig
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def lora_step_flops(config: ModelConfig, trainable: int, lengths: list[int]) -> float:
@@ -22,29 +20,3 @@ def lora_step_flops(config: ModelConfig, trainable: int, lengths: list[int]) -> 
     frozen += config.vocab_size * config.hidden_size
     attention = 3 * 2 * config.num_layers * config.query_width * squares
     return float(4 * frozen * tokens + 6 * trainable * tokens + attention)
-
-
-def rank_memory(
-    parameters: int, trainable: int, *, dtype: str, adapter_dtype: str, config: ModelConfig,
-    tokens: int, layers: int, tp: int, sequence_parallel: bool, recompute: bool,
-) -> dict[str, int]:  # fmt: skip
-    """Estimated bytes on one rank: frozen weights, adapters (weights, fp32 gradient, master, two moments), activations.
-
-    Args:
-        parameters, trainable: frozen and trained elements on this rank.
-        tokens: of one micro-batch. layers: of this stage.
-    """
-    master = 0 if adapter_dtype == "fp32" else 4
-    width = BYTES[dtype]
-    spread = tp if sequence_parallel else 1
-    # per token and layer: two norm inputs and outputs (cut under SP), q k v, attention output, fc1 output, its product
-    cut = (2 * config.query_width + 2 * config.kv_width + 3 * config.ffn_hidden_size) // tp
-    layer = (4 * config.hidden_size // spread + cut) * width
-    if recompute:
-        layer = config.hidden_size // spread * width
-    logits = config.padded_vocab_size // tp * (4 + width)
-    return {
-        "weights": parameters * width,
-        "adapters": trainable * (BYTES[adapter_dtype] + 4 + master + 8),
-        "activations (rough)": tokens * (layer * layers + logits),
-    }

@@ -6,29 +6,54 @@ can gather and cut them exactly as it does the parameter (docs/adr/0003).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from modellink_lora.config.train import TrainConfig
 from modellink_lora.models.build import DTYPES, GPT
+from modellink_lora.parallel.context import ParallelContext
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
-def wrap_data_parallel(model: GPT) -> DistributedDataParallel:
-    """Gradients of adapters in one fp32 buffer, averaged over replicas once per step."""
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, settings, model)
+def wrap_data_parallel(config: TrainConfig, chunks: Sequence[GPT]) -> list[DistributedDataParallel]:
+    """Gradients of adapters in fp32 buffers, summed over replicas once per step, or bucket by bucket in backward."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
+    )
+    wrapped = [
+        # only the first chunk's gradients come last in backward, so only there do small buckets hide anything
+        DistributedDataParallel(chunk.config, dataclasses.replace(settings), chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    if config.overlap_grad_reduce:  # reduce in the last micro-batch only
+        pauses = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    return wrapped
 
 
-def make_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Any:
-    """AdamW over the trainable parameters of `model`, wired into megatron-core's schedule."""
+def sync_parameters(config: TrainConfig, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Complete the weights after a step whose parameter gathering waits for the next forward pass."""
+    if config.overlap_param_gather:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
+def make_optimizer(config: TrainConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
+    """AdamW over the trainable parameters of `chunks`, wired into megatron-core's schedules."""
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -45,10 +70,12 @@ def make_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Any:
         initial_loss_scale=config.initial_loss_scale,
         min_loss_scale=config.min_loss_scale,
         loss_scale_window=config.loss_scale_window,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(settings, [model])
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.grad_scale_func = optimizer.scale_loss
+    optimizer = get_megatron_optimizer(settings, list(chunks))
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
@@ -79,20 +106,71 @@ def learning_rate(optimizer: Any) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def _main(parameter: Tensor) -> Tensor:
-    """The fp32 tensor that AdamW updates: the master of a low-precision parameter, else the parameter itself."""
-    master = getattr(parameter, "main_param", None)
-    return parameter if master is None else master
+@dataclass(frozen=True)
+class _Held:
+    """The fp32 tensor that AdamW updates for a parameter, and which of the parameter's elements it is."""
+
+    main: Tensor
+    span: slice  # of the flattened parameter
+
+    def cut(self, full: Tensor) -> Tensor:
+        return full.reshape(-1)[self.span].view(self.main.shape)
 
 
-def state_tensors(optimizer: Any, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """(parameter name, one of STATE, local tensor) for every parameter; moments are zero before the first step."""
+def _held(optimizer: Any, parameter: Tensor) -> _Held | None:
+    """A replica's own part of `parameter`: all of it, or a slice under the distributed optimizer, or nothing."""
+    megatron = _megatron(optimizer)
+    if not isinstance(megatron, DistributedOptimizer):
+        master = getattr(parameter, "main_param", None)  # of a low-precision parameter; else AdamW updates itself
+        return _Held(parameter if master is None else master, slice(0, parameter.numel()))
+    place = megatron.model_param_group_index_map.get(parameter)
+    if place is None:
+        return None
+    span = megatron._get_model_param_range_map(parameter)["param"]
+    group, index = place
+    return _Held(megatron.optimizer.param_groups[group]["params"][index], slice(span.start, span.end))
+
+
+def state_tensors(
+    optimizer: Any, parameters: Mapping[str, Tensor], context: ParallelContext
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(parameter name, one of STATE, tensor of the parameter's shape) for every parameter; moments start at zero.
+
+    Under the distributed optimizer every replica holds slices: then all processes must iterate together.
+    """
+    sliced = isinstance(_megatron(optimizer), DistributedOptimizer)
     for name, parameter in parameters.items():
-        main = _main(parameter)
-        state = _inner(optimizer).state.get(main, {})
-        yield name, "master", main.detach()
-        for moment in STATE[1:]:
-            yield name, moment, state.get(moment, torch.zeros_like(main, dtype=torch.float32))
+        held = _held(optimizer, parameter)
+        for kind in STATE:
+            full = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            if held is not None:
+                state = _inner(optimizer).state.get(held.main, {})
+                value = held.main.detach() if kind == "master" else state.get(kind)
+                if value is not None:
+                    held.cut(full).copy_(value)
+            if sliced:  # slices do not overlap: adding zeros changes no bit
+                dist.all_reduce(full, group=context.dp_group)
+            yield name, kind, full
+
+
+def reduced_gradients(
+    optimizer: Any, parameters: Mapping[str, Tensor], context: ParallelContext
+) -> Iterator[tuple[str, Tensor]]:
+    """(parameter name, gradient of the parameter's shape) as AdamW will see it: summed over replicas, not clipped.
+
+    Under the distributed optimizer every replica holds slices: then all processes must iterate together.
+    """
+    sliced = isinstance(_megatron(optimizer), DistributedOptimizer)
+    scale = float(optimizer.get_loss_scale())
+    for name, parameter in parameters.items():
+        gradient = parameter.main_grad
+        if sliced:  # only a replica's own slice of the buffer is summed
+            own, held = torch.zeros_like(gradient), _held(optimizer, parameter)
+            if held is not None:
+                own.view(-1)[held.span] = gradient.reshape(-1)[held.span]
+            dist.all_reduce(own, group=context.dp_group)
+            gradient = own
+        yield name, gradient / scale
 
 
 def load_state_tensors(
@@ -102,11 +180,16 @@ def load_state_tensors(
     inner = _inner(optimizer)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            main = _main(parameter)
-            main.copy_(read(name, "master"))
-            parameter.copy_(main)
-            moments = {m: read(name, m).to(device=main.device, dtype=torch.float32).clone() for m in STATE[1:]}
-            inner.state[main] = {**moments, "step": torch.tensor(float(steps))}
+            master = read(name, "master").to(parameter.device)
+            parameter.copy_(master)
+            held = _held(optimizer, parameter)
+            if held is None:
+                continue
+            held.main.copy_(held.cut(master))
+            moments = {
+                kind: held.cut(read(name, kind).to(parameter.device, torch.float32)).clone() for kind in STATE[1:]
+            }
+            inner.state[held.main] = {**moments, "step": torch.tensor(float(steps))}
     for group in inner.param_groups:
         if "step" in group:  # fused AdamW of Transformer Engine and Apex counts per group
             group["step"] = steps

@@ -13,12 +13,14 @@ import torch.distributed as dist
 from modellink_lora.adapters.inject import fresh, inject
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear, adapted_linears, resolve_targets
-from modellink_lora.checkpoint.adapter import Adapter, check_flags, open_adapter
+from modellink_lora.checkpoint.adapter import Adapter, check_flags
+from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.parallel import ParallelConfig, parse_layer_list
 from modellink_lora.device import Device
-from modellink_lora.models.build import DTYPES, GPT, build_model, fill
+from modellink_lora.models.build import DTYPES, GPT, build_chunks, fill
+from modellink_lora.models.dropout import name_sites
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.training.base import Base
@@ -26,9 +28,9 @@ from modellink_lora.training.base import Base
 
 @dataclass(frozen=True)
 class Setup:
-    """A filled model with its adapters, and everything that was decided on the way."""
+    """Filled model chunks with their adapters, and everything that was decided on the way."""
 
-    model: GPT
+    chunks: list[GPT]  # one, or as many as the stage has runs of layers
     layers: dict[str, LoraLinear]
     linears: list[AdaptedLinear]
     base: Base
@@ -39,17 +41,29 @@ class Setup:
     notes: list[str]
 
 
-def choose_lora(given: Mapping[str, Any], lora_load: str | None) -> tuple[LoraConfig, Adapter | None]:
-    """The adapter's hyper-parameters: those of `lora_load`, with which flags must agree, else what the flags say."""
+def choose_lora(given: Mapping[str, Any], lora_load: str | None, base: Base) -> tuple[LoraConfig, Adapter | None]:
+    """The adapter's hyper-parameters: those of `lora_load`, with which flags must agree, else what the flags say.
+
+    Without `lora_load`, an adapter in the base's own files is taken.
+    """
     given = dict(given)
     if given.get("target_modules"):
         given["target_modules"] = resolve_targets(given["target_modules"])
-    if not lora_load:
+    inside = base.adapter_inside
+    if not lora_load and inside is None:
         return LoraConfig(**{**given, "target_modules": resolve_targets(given.get("target_modules", ()))}), None
     LoraConfig(**given)  # range checks come before the comparison
-    adapter = open_adapter(Path(lora_load))
+    source, flag = (Path(lora_load), "--lora-load") if lora_load else (inside, "--load")
+    assert source is not None
+    adapter = open_adapter(source, flag=flag, base=lambda: base.config, given=given)
+    if inside is not None and inside.resolve() == source.resolve():
+        note = f"{inside} holds a base and an adapter: both are loaded from there"
+        adapter = dataclasses.replace(adapter, notes=(note, *adapter.notes))
+    elif inside is not None:
+        note = f"{inside} holds an adapter beside the base: it is not used, {adapter.folder} is"
+        adapter = dataclasses.replace(adapter, notes=(note, *adapter.notes))
     free = {name: given.pop(name) for name in ("dropout", "dtype") if name in given}  # of training, not of the adapter
-    check_flags(adapter, given)
+    check_flags(adapter, given, flag=flag)
     return dataclasses.replace(adapter.meta.lora, **free), adapter
 
 
@@ -58,7 +72,9 @@ def partition_of(parallel: ParallelConfig, layers: int) -> Partition:
     if parallel.num_layer_list and parallel.pipeline_model_parallel_size == 1:
         raise UserError("--num-layer-list needs --pipeline-model-parallel-size above 1")
     counts = parse_layer_list(parallel.num_layer_list) if parallel.num_layer_list else None
-    return Partition.of(layers, parallel.pipeline_model_parallel_size, counts)
+    return Partition.of(
+        layers, parallel.pipeline_model_parallel_size, counts, parallel.num_layers_per_virtual_pipeline_stage
+    )
 
 
 def set_up(
@@ -86,22 +102,27 @@ def set_up(
     fingerprint: list[str | None] = [base.fingerprint() if context.is_main else None]
     dist.broadcast_object_list(fingerprint, src=0)
     if adapter:
+        notes += adapter.notes
         notes += check_base(adapter, base, fingerprint[0])
         _check_shapes(adapter, linears)
-    model = build_model(base.config, context, partition, device, dtype=dtype, overrides=overrides)
-    fill(model, base.weights, base.family, context, partition)
-    layers = inject(
-        model,
-        linears,
-        context,
-        partition,
-        dtype=DTYPES[lora.dtype or dtype],
-        dropout=lora.dropout,
-        read=adapter.read if adapter else fresh(linears, seed),
-    )
-    if overrides.get("recompute_granularity") == "full":
-        model.require_input_grad()
-    return Setup(model, layers, linears, base, fingerprint[0], lora, adapter, partition, notes)
+    chunks = build_chunks(base.config, context, partition, device, dtype=dtype, overrides=overrides)
+    layers: dict[str, LoraLinear] = {}
+    for chunk, model in enumerate(chunks):
+        fill(model, base.weights, base.family, context, partition, chunk)
+        layers |= inject(
+            model,
+            linears,
+            context,
+            partition,
+            chunk,
+            dtype=DTYPES[lora.dtype or dtype],
+            dropout=lora.dropout,
+            read=adapter.read if adapter else fresh(linears, seed),
+        )
+        name_sites(model, seed, partition, context.pp_rank, chunk)
+        if overrides.get("recompute_granularity") == "full":
+            model.require_input_grad()
+    return Setup(chunks, layers, linears, base, fingerprint[0], lora, adapter, partition, notes)
 
 
 def check_base(adapter: Adapter, base: Base, fingerprint: str | None) -> list[str]:

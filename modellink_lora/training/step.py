@@ -1,9 +1,9 @@
-"""One optimizer step and one validation: micro-batches through megatron-core's schedule, and the masked loss."""
+"""One optimizer step and one validation: micro-batches through megatron-core's schedules, and the masked loss."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,87 +12,165 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from modellink_lora.data.batches import Batch
+from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
+from modellink_lora.parallel.random import set_samples
+from modellink_lora.training.telemetry import Telemetry
 
-Batch = dict[str, Tensor]  # tokens, labels, loss_mask, position_ids: [b, s]
+# What a loss function gives to megatron-core: a value to differentiate, the number that gradients are divided by once
+# all of the global batch is summed, and a report for us.
+Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class StepResult:
+class Totals:
     """What one global batch gave, the same on every process."""
 
     loss: float  # as optimised: mean of micro-batch means, or token-weighted
     tokens: int  # trained tokens
-    grad_norm: float | None = None
-    skipped: bool = False  # fp16 overflow
+    micro_batches: int  # with a trained token
+    alarm: bool = False  # a gradient is not finite somewhere
+    stop: bool = False  # some process was asked to stop
 
 
-def micro_batch_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over trained tokens of a micro-batch; one without trained tokens counts as 0. losses [b, s]"""
+@dataclass(frozen=True)
+class StepResult:
+    totals: Totals
+    grad_norm: float | None
+    skipped: bool  # fp16 overflow
+
+
+def micro_batch_loss(loss_mask: Tensor, losses: Tensor) -> Loss:
+    """Mean over trained tokens of a micro-batch, counted once; one without trained tokens is not counted.
+
+    losses [b, s]. Gradients are divided by the number of micro-batches that count.
+    """
     total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
     mean = total / tokens.clamp(min=1)
-    # megatron-core divides the returned tensor in place by the number of micro-batches: report a copy
-    return mean, {"total": total.detach(), "tokens": tokens, "mean": mean.detach().clone()}
+    return mean, (tokens > 0).to(torch.int), _report(total, tokens, mean)
 
 
-def token_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over trained tokens; megatron-core divides gradients by the tokens of the whole global batch."""
+def token_loss(loss_mask: Tensor, losses: Tensor) -> Loss:
+    """Sum over trained tokens; gradients are divided by the trained tokens of the whole global batch."""
     total, tokens = (losses.float() * loss_mask).sum(), loss_mask.sum()
-    report = {"total": total.detach(), "tokens": tokens, "mean": total.detach() / tokens.clamp(min=1)}
-    return total.clone(), tokens.to(torch.int), report
+    return total.clone(), tokens.to(torch.int), _report(total, tokens, total / tokens.clamp(min=1))
+
+
+def _report(total: Tensor, tokens: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    # copies: megatron-core scales the returned loss in place
+    return {"total": total.detach(), "tokens": tokens, "mean": mean.detach().clone(), "counts": (tokens > 0).float()}
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Loss]] = {"micro-batch": micro_batch_loss, "token": token_loss}
 
 
 def run_micro_batches(
-    model: Any, batches: Iterator[Batch], context: ParallelContext, *, count: int, shape: tuple[int, int], train: bool
-) -> StepResult:
-    """Forward, and backward if `train`, over `count` micro-batches; gradients are left in the model.
+    chunks: Sequence[Any],
+    batches: Sequence[Batch],
+    context: ParallelContext,
+    *,
+    loss_reduction: str,
+    train: bool,
+) -> list[dict[str, Tensor]]:
+    """Forward, and backward if `train`, over the micro-batches of this replica; gradients are left in the chunks.
 
-    Args:
-        shape: (micro batch size, sequence length) of fixed-length micro-batches.
+    Returns the reports of the loss function, on the last stage.
     """
-    per_token = model.config.calculate_per_token_loss
-    reduce = token_loss if per_token else micro_batch_loss
+    reduce = LOSSES[loss_reduction]
 
     def forward_step(data: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         batch = {name: tensor.to(context.device) for name, tensor in next(data).items()}
+        set_samples(batch["samples"])
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, functools.partial(reduce, batch["loss_mask"])
 
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches,
-        model=[model],
-        num_microbatches=count,
-        seq_length=shape[1],
-        micro_batch_size=shape[0],
-        forward_only=not train,
+    micro_batch_size, length = batches[0]["tokens"].shape
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func(context.pp_size, len(chunks) if interleaved else None)
+    return list(
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=length,  # with --variable-seq-lengths stages tell each other the length of each micro-batch
+            micro_batch_size=micro_batch_size,
+            forward_only=not train,
+        )
     )
-    sums = torch.zeros(4, dtype=torch.float64 if context.device.type == "cpu" else torch.float32, device=context.device)
-    if context.is_last_stage:
+
+
+def reduce_reports(
+    reports: Sequence[dict[str, Tensor]],
+    context: ParallelContext,
+    device: Device,
+    *,
+    loss_reduction: str,
+    alarm: bool = False,
+    stop: bool = False,
+) -> Totals:
+    """Sum the reports of all replicas: one small collective, which also tells everybody of anybody's alarm or stop."""
+    sums = torch.zeros(6, dtype=device.widest_float, device=context.device)
+    if context.is_last_stage and context.tp_rank == 0:  # one process speaks for each replica
         for report in reports:
-            sums += torch.stack(
-                [report["mean"], report["total"], report["tokens"], torch.ones_like(report["mean"])]
-            ).to(sums)
-        dist.all_reduce(sums, group=context.dp_group)
-    if context.pp_size > 1:
-        last = dist.get_process_group_ranks(context.pp_group)[-1]
-        dist.broadcast(sums, src=last, group=context.pp_group)
-    mean, total, tokens, micro_batches = sums.tolist()
-    return StepResult(loss=total / max(tokens, 1) if per_token else mean / micro_batches, tokens=int(tokens))
+            sums[:4] += torch.stack([report[key] for key in ("mean", "total", "tokens", "counts")]).to(sums)
+    sums[4:] += torch.tensor([alarm, stop]).to(sums)
+    dist.all_reduce(sums)
+    mean, total, tokens, counted, alarms, stops = sums.tolist()
+    loss = total / max(tokens, 1) if loss_reduction == "token" else mean / max(counted, 1)
+    return Totals(loss, int(tokens), int(counted), alarms > 0, stops > 0)
+
+
+def gradients_finite(chunks: Sequence[Any]) -> bool:
+    """Whether this process's gradients are numbers: the largest magnitude is NaN or infinite if one is not."""
+    buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    return all(bool(torch.linalg.vector_norm(b, ord=float("inf")).isfinite()) for b in buffers if b.numel())
 
 
 def train_step(
-    model: Any,
+    chunks: Sequence[Any],
     optimizer: Any,
-    batches: Iterator[Batch],
+    batches: Sequence[Batch],
     context: ParallelContext,
+    device: Device,
     *,
-    count: int,
-    shape: tuple[int, int],
+    loss_reduction: str,
+    telemetry: Telemetry,
+    inspect: Callable[[Totals], None],
+    stop: bool,
 ) -> StepResult:
-    """Gradients of one global batch and one AdamW update."""
-    model.zero_grad_buffer()
+    """Gradients of one global batch and one AdamW update.
+
+    Args:
+        inspect: called between the two, with gradients in place and weights still as they were; it may raise.
+        stop: this process was asked to stop; all learn of it in the totals.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    result = run_micro_batches(model, batches, context, count=count, shape=shape, train=True)
-    updated, grad_norm, _ = optimizer.step()
-    return StepResult(result.loss, result.tokens, None if grad_norm is None else float(grad_norm), not updated)
+    reports = run_micro_batches(chunks, batches, context, loss_reduction=loss_reduction, train=True)
+    alarm = not gradients_finite(chunks)
+    totals = reduce_reports(reports, context, device, loss_reduction=loss_reduction, alarm=alarm, stop=stop)
+    inspect(totals)
+    with telemetry.part("optimizer"):
+        updated, grad_norm, _ = optimizer.step()
+    return StepResult(totals, None if grad_norm is None else float(grad_norm), not updated)
+
+
+def validation_loss(
+    chunks: Sequence[Any],
+    batches: Sequence[Batch],
+    context: ParallelContext,
+    device: Device,
+    *,
+    loss_reduction: str,
+) -> float:
+    """Loss of the given micro-batches without dropout."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        reports = run_micro_batches(chunks, batches, context, loss_reduction=loss_reduction, train=False)
+    for chunk in chunks:
+        chunk.train()
+    return reduce_reports(reports, context, device, loss_reduction=loss_reduction).loss

@@ -1,4 +1,4 @@
-"""Precisions, recompute, loss reductions, padding and validation: what may change a result, and what must not."""
+"""Precisions, loss reductions, padding and validation: what may change a result, and what must not."""
 
 from __future__ import annotations
 
@@ -43,31 +43,20 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return tune(base, tmp_path_factory.mktemp("plain"), PP2)
 
 
-@pytest.mark.parametrize("parallel", [TP2_SP, PP2], ids=["tp2-sp", "pp2"])
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
-        {"recompute_granularity": "selective"},
-    ],
-    ids=["uniform", "block", "selective"],
-)
-def test_recompute_does_not_change_the_losses(
-    recompute: dict[str, Any], parallel: dict[str, Any], base: Path, plain: list[float], tmp_path: Path
-) -> None:
-    assert tune(base, tmp_path, parallel, **recompute) == pytest.approx(plain, rel=ROUNDING)
+@pytest.fixture(scope="module")
+def fifty(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return tune(base, tmp_path_factory.mktemp("fifty"), PP2, train_iters=50)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("parallel", [TP2_SP, PP2], ids=["tp2-sp", "pp2"])
 def test_low_precision_follows_fp32(
-    dtype: str, parallel: dict[str, Any], base: Path, plain: list[float], tmp_path: Path
+    dtype: str, parallel: dict[str, Any], base: Path, fifty: list[float], tmp_path: Path
 ) -> None:
-    found = tune(base, tmp_path, parallel, **{dtype: True}, initial_loss_scale=2.0**12)
-    assert found[-1] < 0.9 * found[0]
-    # bf16 keeps 8 bits: 0.4 % a rounding
-    assert found == pytest.approx(plain, rel=2e-2)
+    found = tune(base, tmp_path, parallel, **{dtype: True}, initial_loss_scale=2.0**12, train_iters=50)
+    # bf16 keeps 8 bits, 0.4 % a rounding; one per cent of the loss must be little beside what the run learns
+    assert 0.01 * max(fifty) <= 0.1 * (fifty[0] - min(fifty))
+    assert found == pytest.approx(fifty, rel=1e-2)
 
 
 def test_fixed_length_padding_does_not_change_the_losses(base: Path, plain: list[float], tmp_path: Path) -> None:

@@ -19,21 +19,36 @@ FUSED = {
 }
 
 
+class SampleFirst(torch.nn.Module):
+    """Our dropout on tensors [b, s, f], as transformers lays them out."""
+
+    def __init__(self, p: float, site: int) -> None:
+        from modellink_lora.models.dropout import Dropout
+
+        super().__init__()
+        self.dropout = Dropout(p, rank=0, cut=None)
+        self.dropout.site = site
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(x.transpose(0, 1)).transpose(0, 1)
+
+
 def train(
     hf: Path, batches: list[list[dict[str, torch.Tensor]]], *, r: int, alpha: float, lr: float, seed: int,
-    shared_a: bool = True,
+    shared_a: bool = True, dropout: float = 0.0,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
     """Losses of each step and the final adapter in our names and layouts.
 
     Args:
         batches: micro-batches of each step, as `data.batches.collate` makes them.
+        dropout: on the adapters' inputs, with our masks in place of PEFT's own.
         shared_a: False gives every projection an A of its own: a different model, for the test of the test.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from modellink_lora.models.families import family_of
-    from modellink_lora.parallel.random import kaiming_uniform
+    from modellink_lora.parallel.random import kaiming_uniform, set_samples, site_key
 
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa")
     names = [p for _, projections in FUSED.values() for p in projections]
@@ -44,10 +59,12 @@ def train(
             modules = [getattr(getattr(layer, block), p) for p in projections]
             name = f"decoder.layers.{index}.{ours}.lora_A"
             first = modules[0].lora_A["default"].weight
+            mask = SampleFirst(dropout, site_key(seed, f"decoder.layers.{index}.{ours}.dropout"))
             for which, module in enumerate(modules):
                 a = module.lora_A["default"]
                 if shared_a and which:
                     a.weight = first
+                module.lora_dropout["default"] = mask
                 with torch.no_grad():
                     own = name if shared_a else f"{name}.{which}"
                     a.weight.copy_(kaiming_uniform(own, tuple(a.weight.shape), seed=seed))
@@ -59,6 +76,7 @@ def train(
         optimizer.zero_grad()
         total = 0.0
         for batch in step:
+            set_samples(batch["samples"])
             logits = model(input_ids=batch["tokens"]).logits
             token = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none"

@@ -15,7 +15,7 @@ import torch
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
-def write_corpus(prefix: Path, *, samples: int = 32, seed: int = 0, longest: int = 24) -> str:
+def write_corpus(prefix: Path, *, samples: int = 32, seed: int = 0, longest: int = 24, first_id: int = 0) -> str:
     """Counting sequences with a question part that is not trained; returns the prefix for --data-path."""
     from modellink_lora.data.corpus import writing_corpus
 
@@ -23,7 +23,7 @@ def write_corpus(prefix: Path, *, samples: int = 32, seed: int = 0, longest: int
     with writing_corpus(str(prefix), {"prompt_type": "alpaca"}) as writer:
         for _ in range(samples):
             length, start, step = random.randint(10, longest + 1), random.randint(0, 40), random.randint(1, 4)
-            ids = [(start + step * i) % 8 for i in range(length)]
+            ids = [first_id + (start + step * i) % 8 for i in range(length)]
             question = random.randint(2, 5)
             writer.add(ids, [1] * length, [-100] * question + ids[question:])
     return str(prefix)
@@ -50,7 +50,7 @@ def fine_tune_here(
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
     from modellink_lora.device import get_device
-    from modellink_lora.training.loop import fine_tune
+    from modellink_lora.training.job import fine_tune
 
     with mutated(mutant):
         fine_tune(
@@ -62,6 +62,17 @@ def fine_tune_here(
             device=get_device("cpu"),
             torch_device=torch.device("cpu"),
         )
+
+
+def error_of(**arguments: Any) -> str:
+    """What `fine_tune_here` says to the user when it stops; empty if it runs through."""
+    from modellink_lora.config.errors import UserError
+
+    try:
+        fine_tune_here(**arguments)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 @contextmanager
@@ -95,7 +106,7 @@ def losses(save: Path) -> list[float]:
 
 def adapter_tensors(save: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest adapter below `save`."""
-    from modellink_lora.checkpoint.adapter import open_adapter
+    from modellink_lora.checkpoint.adapter_kinds import open_adapter
 
     adapter = open_adapter(save)
     return {name: adapter.read(name) for name in adapter.shapes}

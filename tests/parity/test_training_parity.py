@@ -1,4 +1,8 @@
-"""Fifty AdamW steps against transformers + PEFT, fp32, on every layout: losses and adapters agree."""
+"""Fifty AdamW steps against transformers + PEFT, fp32, on every layout: losses and adapters agree.
+
+One model trains with dropout on the adapters' inputs. PEFT is given our masks, which are numbers of (seed, sample,
+position, layer, feature): every layout must then drop the very same elements.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +30,43 @@ from tests.helpers.training import (
 STEPS, R, ALPHA, LR, SEED = 50, 4, 8.0, 5e-3, 1234
 # fp32: a relative difference of 1e-7 per operation, in sums whose order differs between layouts, grows over 50 steps
 LOSS_TOLERANCE, ADAPTER_TOLERANCE = 1e-5, 1e-4
-MODELS = {"llama-tied": ("llama", True), "llama-untied": ("llama", False), "qwen2-tied": ("qwen2", True),
-          "qwen2-untied": ("qwen2", False)}  # fmt: skip
-LAYOUTS = {
-    "tp1": (1, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "dp2": (2, {}),
-    "tp2-pp2-sp": (
-        4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
-    ),
-}  # fmt: skip
+MODELS = {  # family, tied embeddings, dropout
+    "llama-tied": ("llama", True, 0.1),
+    "llama-untied": ("llama", False, 0.0),
+    "qwen2-tied": ("qwen2", True, 0.0),
+    "qwen2-untied": ("qwen2", False, 0.0),
+}
+TP2, SP, PP2 = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
+VPP2 = {"num_layers_per_virtual_pipeline_stage": 1}  # two runs of one layer on each of two stages
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
+SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+# name: processes, layout, further settings of the run
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tp1": (1, {}, {}),
+    "tp2": (2, TP2, {}),
+    "tp2-sp": (2, TP2 | SP, {}),
+    "pp2": (2, PP2, {}),
+    "dp2": (2, {}, {}),
+    "tp2-pp2-sp": (4, TP2 | PP2 | SP, {}),
+}
+# for one model: what shares out and schedules the same work in yet other ways
+MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "uniform-recompute": (1, {}, FULL | {"recompute_method": "uniform"}),
+    "block-recompute-pp2": (2, PP2, FULL | {"recompute_method": "block"}),
+    "selective-recompute-tp2-sp": (2, TP2 | SP, {"recompute_granularity": "selective"}),
+    "pp2-vpp2": (2, PP2 | VPP2, {}),
+    "pp2-vpp2-uniform-recompute": (2, PP2 | VPP2, FULL | {"recompute_method": "uniform"}),
+    "dp2-distributed-optimizer": (2, {}, {"use_distributed_optimizer": True}),
+    "dp2-distributed-optimizer-overlapped": (2, {}, SHARED),
+    "tp2-pp2-vpp2": (4, TP2 | PP2 | VPP2 | SP, {}),
+    "pp2-vpp2-dp2-distributed-optimizer-overlapped": (4, PP2 | VPP2, SHARED),
+}
 
 
 @dataclass(frozen=True)
 class Case:
     base: Path
+    dropout: float
     prefix: str
     losses: list[float]
     adapter: dict[str, torch.Tensor]
@@ -55,13 +79,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def case(name: str, shared_a: bool = True) -> Case:
-        family, tied = MODELS[name]
+        family, tied, dropout = MODELS[name]
         hf = tiny_model(family, folder / f"{name}-hf", layers=4, tied=tied)
         base = hf_to_megatron(hf, folder / f"{name}-mg")
         reference = peft_reference.train(
-            hf, reference_batches(prefix), r=R, alpha=ALPHA, lr=LR, seed=SEED, shared_a=shared_a
+            hf, reference_batches(prefix), r=R, alpha=ALPHA, lr=LR, seed=SEED, shared_a=shared_a,
+            dropout=dropout,
         )
-        return Case(base, prefix, *reference)
+        return Case(base, dropout, prefix, *reference)
 
     return case
 
@@ -74,21 +99,22 @@ def reference_batches(prefix: str) -> list[list[dict[str, torch.Tensor]]]:
 
     corpus = InstructionCorpus(prefix)
     order = sample_order(len(corpus), STEPS * 4, seed=SEED, shuffle=True).tolist()
+    settings: dict[str, Any] = dict(pad_id=0, seq_length=32, variable_seq_lengths=True, pad_to_multiple_of=8)
     samples = [
-        collate([corpus[i]], pad_id=0, seq_length=32, variable_seq_lengths=True, pad_to_multiple_of=8) for i in order
+        collate([corpus[i]], **settings) | {"samples": torch.tensor([place])} for place, i in enumerate(order)
     ]
     return [samples[start : start + 4] for start in range(0, len(samples), 4)]
 
 
 def ours(case: Case, save: Path, layout: str, mutant: str | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
-    world, parallel = LAYOUTS[layout]
+    world, parallel, settings = (LAYOUTS | MORE)[layout]
     run(
         fine_tune_here,
         world_size=world,
-        train=train_flags(train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save)),
+        train=train_flags(train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings),
         data={"data_path": (case.prefix,), "seq_length": 32},
         parallel=parallel,
-        lora={"r": R, "alpha": ALPHA, "target_modules": TARGETS},
+        lora={"r": R, "alpha": ALPHA, "target_modules": TARGETS, "dropout": case.dropout},
         mutant=mutant,
     )
     return losses(save), adapter_tensors(save)
@@ -105,7 +131,10 @@ def adapter_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 # by world size, so that processes start once for each
-CASES = sorted(((model, layout) for model in MODELS for layout in LAYOUTS), key=lambda case: LAYOUTS[case[1]][0])
+CASES = sorted(
+    [(model, layout) for model in MODELS for layout in LAYOUTS] + [("llama-tied", layout) for layout in MORE],
+    key=lambda case: (LAYOUTS | MORE)[case[1]][0],
+)
 
 
 @pytest.mark.parametrize("model, layout", CASES)
@@ -117,10 +146,14 @@ def test_losses_and_adapters_equal_peft(model: str, layout: str, cases: Any, tmp
     assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
 
 
-@pytest.mark.parametrize("mutant", ["no LoRA term in dX", "replicated factor not summed"])
-def test_a_wrong_gradient_is_noticed(mutant: str, cases: Any, tmp_path: Path) -> None:
+def test_a_factor_whose_gradient_is_not_summed_stops_the_run(cases: Any, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="lora_B is not the same on all tensor-parallel ranks"):
+        ours(cases("llama-tied"), tmp_path / "run", "tp2-sp", "replicated factor not summed")
+
+
+def test_a_wrong_gradient_is_noticed(cases: Any, tmp_path: Path) -> None:
     case = cases("llama-tied")
-    found_losses, found_adapter = ours(case, tmp_path / "run", "tp2-sp", mutant)
+    found_losses, found_adapter = ours(case, tmp_path / "run", "tp2-sp", "no LoRA term in dX")
     assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE
     assert adapter_error(found_adapter, case.adapter) > 10 * ADAPTER_TOLERANCE
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import re
+import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modellink_lora.config.errors import UserError
+from modellink_lora.training import trackers
 from modellink_lora.training.report import Reporter, draw_losses, log_line
+from modellink_lora.training.trackers import Wandb
 
 VALUES: dict[str, Any] = dict(
     iteration=7, train_iters=2000, consumed_samples=224, milliseconds=1234.56, tflops=98.76, learning_rate=1.25e-6,
@@ -94,3 +101,70 @@ def test_tensorboard_gets_the_same_scalars(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["lm loss"]
     assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 2.5), (2, 1.5)]
+
+
+class FakeRun:
+    """Stands for a run of wandb."""
+
+    dir, offline, url = "/tmp/wandb/run-1/files", False, "https://wandb.example/run-1"
+
+    def __init__(self, finish_seconds: float = 0.0) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finish_seconds, self.exit_code = finish_seconds, -1
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if "lm loss" not in values:
+            raise RuntimeError("the server is gone")
+        self.logged.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        time.sleep(self.finish_seconds)
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module in wandb's place that hands out one FakeRun."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    run, calls = FakeRun(), []
+    vars(module).update(run=run, calls=calls, Settings=lambda **kw: kw, init=lambda **kw: calls.append(kw) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_weights_and_biases_gets_the_same_scalars_and_the_flags(
+    wandb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"flags": [{"title": "Training", "rows": [["--lr", 0.1, 0.0]]}]}
+    save = tmp_path / "my-run"
+    with Reporter(
+        speaks=True, folder=save, tensorboard=None, start=0, total=2, wandb=Wandb("project"), facts=facts
+    ) as report:
+        report.record(1, {"lm loss": 2.5, "grad norm": None})
+        report.record(2, {"lm loss": 1.5})
+    (call,) = wandb.calls
+    assert (call["project"], call["name"], call["dir"], call["config"]) == ("project", "my-run", save, {"--lr": 0.1})
+    assert wandb.run.logged == [(1, {"lm loss": 2.5}), (2, {"lm loss": 1.5})]
+    assert wandb.run.exit_code == 0 and wandb.run.url in capsys.readouterr().out
+
+
+def test_weights_and_biases_can_neither_stop_nor_hold_up_a_run(
+    wandb: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.05)
+    wandb.run.finish_seconds = 1.0
+    report = Reporter(speaks=True, folder=None, tensorboard=None, start=0, total=2, wandb=Wandb("project"))
+    report.record(1, {"validation loss": 1.0})  # fails, and is the last that is sent
+    report.record(2, {"lm loss": 1.0})
+    begin = time.perf_counter()
+    report.close()
+    assert time.perf_counter() - begin < 0.9
+    assert wandb.run.logged == []
+    assert "wandb sync /tmp/wandb/run-1" in capsys.readouterr().out
+
+
+def test_without_the_package_every_process_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--wandb-project lab: the package wandb is not installed; pip install wandb"):
+        Wandb("lab")

@@ -1,0 +1,94 @@
+"""Dropout whose masks are the same on every layout: hashed from seed, site, sample, position and feature.
+
+Letters: s positions, b samples, f features, p probability. Where an input is cut over tensor-parallel ranks, each rank
+hashes the global numbers of its own part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modellink_lora.parallel.partition import Partition
+from modellink_lora.parallel.random import current_samples, dropped, mix, row_keys, site_key
+
+
+class Dropout(torch.nn.Module):
+    """Zeroes elements with probability p and scales the rest by 1 / (1 - p), in training only.
+
+    Args:
+        rank: tensor-parallel rank.
+        cut: which dimension of [s, b, f] the ranks share out in equal parts: "positions", "features" or None.
+    """
+
+    def __init__(self, p: float, *, rank: int, cut: str | None) -> None:
+        super().__init__()
+        assert cut in ("positions", "features", None)
+        self.p, self.rank, self.cut = p, rank, cut
+        self.site: int | None = None  # set by `name_sites`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, f] -> the same shape"""
+        if not self.training or self.p == 0.0:
+            return x
+        s, _, f = x.shape
+        rows = row_keys(self._site(), current_samples(), self._numbers(s, "positions", x.device))  # [s, b]
+        return _Drop.apply(x, rows[..., None], self._numbers(f, "features", x.device), self.p)
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Attention weights [b, n, s, s]: heads are the features that ranks share out, keys the columns of a row."""
+        if not self.training or self.p == 0.0:
+            return x
+        _, n, s, keys = x.shape
+        rows = row_keys(self._site(), current_samples(), torch.arange(s, device=x.device))  # [s, b]
+        heads = self._numbers(n, "features", x.device)
+        per_head = mix(rows.t()[:, None] + mix(heads)[:, None])  # [b, n, s]
+        return _Drop.apply(x, per_head[..., None], torch.arange(keys, device=x.device, dtype=torch.int32), self.p)
+
+    def _site(self) -> int:
+        assert self.site is not None, "name_sites was not called"
+        return self.site
+
+    def _numbers(self, count: int, dimension: str, device: torch.device) -> Tensor:
+        """Global numbers of `count` local positions or features, int32."""
+        first = self.rank * count if self.cut == dimension else 0
+        return torch.arange(first, first + count, device=device, dtype=torch.int32)
+
+
+class _Drop(torch.autograd.Function):
+    """Keeps no mask: the backward pass hashes it again from one key a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.p = p
+        return x.masked_fill(dropped(rows, columns, p), 0).mul_(1 / (1 - p))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad.masked_fill(dropped(*ctx.saved_tensors, ctx.p), 0).mul_(1 / (1 - ctx.p)), None, None, None
+
+
+class ResidualAdd(torch.nn.Module):
+    """residual + dropout(x + bias). megatron-core's layers first call the module to get the function they then use."""
+
+    def __init__(self, p: float, *, rank: int, cut: str | None) -> None:
+        super().__init__()
+        self.dropout = Dropout(p, rank=rank, cut=cut)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        return self._add
+
+    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
+        x, bias = x_with_bias
+        return residual + self.dropout(x if bias is None else x + bias)
+
+
+def name_sites(model: torch.nn.Module, seed: int, partition: Partition, stage: int, chunk: int) -> None:
+    """Give every Dropout of a built model its key, from the global name of the module it is in."""
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            module.site = site_key(seed, partition.to_global(name, stage, chunk))

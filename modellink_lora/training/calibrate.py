@@ -1,0 +1,147 @@
+"""Measures what this machine reaches: matrix products, attention, element-wise passes, operators, collectives.
+
+All processes measure at once, as in training, so that what they share (memory bandwidth, a socket) counts.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.device import Device, get_device
+from modellink_lora.models.build import DTYPES
+from modellink_lora.parallel.context import start_processes
+from modellink_lora.training.cost import Link, Machine
+
+_REPEATS = 7
+_NONE = Link(0.0, float("inf"))  # of a single process
+
+
+def calibrate(device: str, dtype: str, processes: int, *, threads: int) -> tuple[Machine, dict[str, Any]]:
+    """Rates of `processes` processes at work on this machine, and what was measured on.
+
+    Args:
+        threads: of each process, on a CPU.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        receiver, sender = context.Pipe(duplex=False)
+        workers = [
+            context.Process(target=_work, args=(rank, processes, folder, device, dtype, threads, sender))
+            for rank in range(processes)
+        ]
+        for worker in workers:
+            worker.start()
+        sender.close()
+        try:
+            result = receiver.recv()
+        except EOFError:
+            raise UserError("--calibrate: the measuring processes ended early; see what they said above") from None
+        finally:
+            for worker in workers:
+                worker.join(timeout=30)
+                worker.kill()
+    return result
+
+
+def _work(rank: int, processes: int, folder: str, name: str, dtype: str, threads: int, sender: Any) -> None:
+    torch.set_num_threads(threads)
+    device = get_device(name)
+    here = device.activate(rank)
+    start_processes(
+        device.backend, rank=rank, world_size=processes, init_method=f"file://{Path(folder) / 'rendezvous'}",
+        timeout_minutes=5,
+    )  # fmt: skip
+    machine = _measure(device, here, DTYPES[dtype], processes)
+    facts = {"device": device.describe(), "dtype": dtype, "processes": processes, "threads": threads}
+    if rank == 0:
+        sender.send((machine, facts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: int) -> Machine:
+    accelerator = here.type != "cpu"
+    size = 4096 if accelerator else 512
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=here).to(dtype)
+
+    def seconds(job: Callable[[], Any]) -> float:
+        """Median over repeats of the slowest process."""
+        times = []
+        for repeat in range(_REPEATS + 2):
+            dist.barrier()
+            device.synchronize()
+            begin = time.perf_counter()
+            job()
+            device.synchronize()
+            if repeat >= 2:  # after the first, caches and kernels are warm
+                times.append(time.perf_counter() - begin)
+        worst = torch.tensor([statistics.median(times)], dtype=torch.float64 if not accelerator else torch.float32)
+        worst = worst.to(here)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return float(worst)
+
+    x, weight = tensor(size, 2 * size), tensor(4 * size, 2 * size)
+    matmul = 2 * size * 2 * size * 4 * size / seconds(lambda: F.linear(x, weight))
+    long, heads, width = size, 8, 64
+    q, k, v = (tensor(1, heads, long, width) for _ in range(3))
+    attention = seconds(lambda: device.attention(q, k, v, causal=True, scale=width**-0.5))
+    passes = tensor((2**27 if accelerator else 2**21))
+    stream = 3 * passes.numel() * passes.element_size() / seconds(lambda: passes * passes)
+    operator = _operator_seconds(here, seconds)
+    inside, scatter = _NONE, None
+    if processes > 1:
+        inside, scatter = _links(here, dtype, processes, seconds, large=2**26 if accelerator else 2**22)
+    return Machine(
+        name=device.name, memory=0.0, matmul=matmul, attention=2 * heads * long**2 * width / attention, stream=stream,
+        operator=operator, queued=accelerator, per_host=processes, inside=inside, between=inside, scatter=scatter,
+    )  # fmt: skip
+
+
+def _operator_seconds(here: torch.device, seconds: Callable[[Callable[[], Any]], float]) -> float:
+    """Time of a small operator, in the forward and backward of a chain in which every second one is a view."""
+    rounds = 100
+    start = torch.ones(16, 16, device=here, requires_grad=True)
+
+    def chain() -> None:
+        x = start
+        for _ in range(rounds):
+            x = (x * 1.5).view(256).view(16, 16)
+            x = x + start
+        x.sum().backward()
+
+    return seconds(chain) / (rounds * 9)  # dispatched: 4 forward; 5 backward, with the sum of start's gradients
+
+
+def _links(
+    here: torch.device, dtype: torch.dtype, processes: int, seconds: Callable[[Callable[[], Any]], float], *, large: int
+) -> tuple[Link, Link]:
+    """Latency and bandwidth of all-reduces and gathers together, and those of reduce-scatter."""
+
+    def link(job: Callable[[torch.Tensor, torch.Tensor], Any], rounds: int) -> Link:
+        times = {}
+        for elements in (processes, large):
+            whole = torch.zeros(elements, device=here, dtype=dtype)
+            part = torch.zeros(elements // processes, device=here, dtype=dtype)
+            times[elements] = seconds(lambda whole=whole, part=part: job(whole, part))  # type: ignore[misc]
+        moved = rounds * large * torch.empty(0, dtype=dtype).element_size() * (processes - 1) / processes
+        latency = times[processes] / rounds
+        return Link(latency, moved / max(times[large] - times[processes], 1e-9))
+
+    reduce = link(lambda whole, part: dist.all_reduce(whole), 2)
+    gather = link(lambda whole, part: dist.all_gather_into_tensor(whole, part), 1)
+    scatter = link(lambda whole, part: dist.reduce_scatter_tensor(part, whole), 1)
+    both = Link((reduce.latency + gather.latency) / 2, 2 / (1 / reduce.bandwidth + 1 / gather.bandwidth))
+    return both, scatter

@@ -1,0 +1,270 @@
+"""Seconds of a training step on a layout and a machine, from dimensions alone. Pure arithmetic.
+
+What is counted: matrix products with frozen weights (forward, and the input gradient only), the adapters' own, causal
+attention, element-wise passes of the unfused operators, what an operator costs by itself, collectives of tensor
+parallelism, transfers and bubble of the pipeline, recomputation, gradient reduction, AdamW. Nothing overlaps except
+where it is said: kernels of an accelerator with their own launches.
+
+Letters: T tokens of a micro-batch, t tensor parallel size, h hidden, o outputs, i inputs, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from modellink_lora.training.memory import Plan
+from modellink_lora.training.tape import TARGETS, WIDTH, Shapes
+
+# Operators that PyTorch dispatches for one layer and micro-batch, views included, counted in megatron-core 0.16.1 with
+# all four adapters; for the loss; and for one adapter factor in AdamW with clipping.
+_FORWARD_OPERATORS, _BACKWARD_OPERATORS, _LOSS_OPERATORS, _STEP_OPERATORS = 121, 174, 110, 14
+_MOVED = 2.6  # bytes an element-wise operator reads and writes for each byte of its result: most have two inputs
+_HASH_PASSES = 12  # int32 results of drawing one dropout mask
+
+
+@dataclass(frozen=True)
+class Link:
+    """Time of a message: latency + bytes / bandwidth, bytes being what one process sends."""
+
+    latency: float  # seconds
+    bandwidth: float  # bytes/s of one process, one direction
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        return self._ring(2 * size, 2, ranks)
+
+    def half(self, size: float, ranks: int) -> float:
+        """All-gather or reduce-scatter of `size` bytes in full."""
+        return self._ring(size, 1, ranks)
+
+    def _ring(self, size: float, rounds: int, ranks: int) -> float:
+        if ranks == 1:
+            return 0.0
+        return rounds * self.latency + size * (ranks - 1) / ranks / self.bandwidth
+
+    def send(self, size: float) -> float:
+        return self.latency + size / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What devices of one kind do, and how they are connected. Rates are those reached, not peaks."""
+
+    name: str
+    memory: float  # bytes of tensors that fit on a device
+    matmul: float  # FLOP/s of large matrix products in the run's dtype
+    attention: float  # FLOP/s inside attention
+    stream: float  # bytes/s of element-wise operators, reads and writes together
+    operator: float  # seconds of an operator that does nothing
+    queued: bool  # operators are launched ahead: their own time hides behind longer kernels
+    per_host: int
+    inside: Link
+    between: Link
+    scatter: Link | None = None  # reduce-scatter inside a host where it is slower than an all-gather, as over gloo
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one step by cause."""
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One layer and micro-batch in one direction."""
+
+    compute: float
+    attention: float  # of it
+    communication: float
+
+
+def step_time(plan: Plan, ranks: Mapping[str, int], machine: Machine) -> Time:
+    """One optimizer step of `plan`.
+
+    Args:
+        ranks: LoRA rank by target; absent where there is no adapter.
+    """
+    shapes = plan.shapes()
+    own = tuple(ranks.get(name, 0) for name in TARGETS)
+    stages, chunks = plan.partition.stages, plan.partition.chunks
+    crossing = _machine_link(machine, plan.tp * plan.dp * stages)
+    forward, backward = layer_passes(shapes, own, machine)
+    loss = _loss(shapes, machine)
+    compute, communication, extra = [], [], []  # of a micro-batch on each stage
+    for stage in range(stages):
+        layers = plan.partition.layers_of_stage(stage)
+        again = recomputed(plan, stage)
+        compute.append(layers * (forward.compute + backward.compute) + (loss.compute if stage == stages - 1 else 0))
+        communication.append(
+            (layers + again) * forward.communication
+            + layers * backward.communication
+            + (loss.communication if stage == stages - 1 else 0)
+        )
+        if plan.recompute_granularity == "selective":
+            extra.append(layers * forward.attention)
+        else:
+            extra.append(again * forward.compute)
+    # the input of a model's first layer needs no gradient, unless layers are recomputed
+    if plan.recompute_granularity != "full":
+        compute[0] -= _first_layer_saves(shapes, own, machine)
+    transfer = 2 * crossing.send(shapes.residual) if stages > 1 else 0.0
+    slots = [a + b + c for a, b, c in zip(compute, communication, extra, strict=True)]
+    slowest = slots.index(max(slots))
+    m = plan.micro_batches
+    # 1F1B: the slowest stage works m times, the pipeline fills and drains once; interleaved, in runs a chunk as long
+    bubble = (sum(slots) - slots[slowest]) / chunks
+    sends = transfer * (m * chunks * (2 if 0 < slowest < stages - 1 else 1) + (stages - 1))
+    reduce, update = _optimizer(plan, own, machine)
+    return Time(
+        {
+            "compute": m * compute[slowest],
+            "recompute": m * extra[slowest],
+            "tensor parallel": m * communication[slowest],
+            "pipeline bubble": bubble,
+            "pipeline transfers": sends if stages > 1 else 0.0,
+            "data parallel": reduce,
+            "optimizer": update,
+        }
+    )
+
+
+def recomputed(plan: Plan, stage: int) -> int:
+    """Layers of a stage whose forward pass runs twice."""
+    if plan.recompute_granularity != "full":
+        return 0
+    layers = plan.partition.layers_of_stage(stage)
+    if plan.recompute_method == "uniform":
+        return layers
+    return min(layers, (plan.recompute_num_layers or 1) * plan.partition.chunks)  # of each chunk
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_passes(shapes: Shapes, ranks: tuple[int, ...], machine: Machine) -> tuple[_Pass, _Pass]:
+    """(forward, backward) of a layer inside the model."""
+    tokens, local, w = shapes.tokens, shapes.local_tokens, shapes.width
+    h, f = shapes.hidden, shapes.ffn
+    q, k = shapes.heads * shapes.head_dim, shapes.groups * shapes.head_dim
+    linears = (("column", h, q + 2 * k), ("row", q, h), ("column", h, 2 * f), ("row", f, h))
+    products = adapters = 0.0
+    low = 0.0  # bytes of r-wide tensors that cross between ranks in one direction of a pass
+    sums = 0.0  # elements that an adapter adds to its base's output
+    inputs = 0.0  # elements that adapters read
+    for (kind, i, o), rank in zip(linears, ranks, strict=True):
+        products += _matmul(machine, tokens, i, o, w)
+        if not rank:
+            continue
+        a_tokens, b_tokens = (local, tokens) if kind == "column" else (tokens, local)
+        adapters += _matmul(machine, a_tokens, i, rank, w) + _matmul(machine, b_tokens, rank, o, w)
+        low += tokens * rank * WIDTH[shapes.adapter_dtype]
+        sums += b_tokens * o
+        inputs += a_tokens * i
+    area = 2.0 * shapes.batch * shapes.length**2 * q  # q k^T and the weighted sum, half of both masked
+    attention = area / machine.attention
+    norm = local * h
+    head_norms = tokens * (q + k) if shapes.qk_norm else 0
+    wide = 4  # norms work in fp32
+    # results of element-wise operators, bytes, in the order of the layer: norms, rotation, gate, residuals, adapters
+    there = (2 * norm + head_norms) * (3 * wide + (2 * w if w < 4 else 0))
+    there += w * (tokens * (6.5 * q + 5.5 * k + 3 * f) + 2 * norm + sums)
+    back = (2 * norm + head_norms) * (7 * wide + (2 * w if w < 4 else 0)) + w * 2 * norm
+    back += w * (tokens * (7.5 * q + 8.5 * k + 6 * f) + inputs)
+    if shapes.adapter_dtype != shapes.dtype:
+        there += 2 * 4 * (inputs + sums)
+        back += 2 * 4 * (inputs + sums)
+    masks = inputs * bool(shapes.lora_dropout) + 2 * norm * bool(shapes.hidden_dropout)
+    masks += shapes.batch * shapes.heads * shapes.length**2 * bool(shapes.attention_dropout)
+    there += masks * (_HASH_PASSES * 4 + 2 * w)
+    back += masks * (_HASH_PASSES * 4 + 2 * w)
+    forward = products + adapters + attention + _MOVED * there / machine.stream
+    backward = products + 2 * adapters + 2.5 * attention + _MOVED * back / machine.stream
+    communication = _tensor_parallel(shapes, low, machine)
+    return (
+        _Pass(_with_overhead(machine, forward, _FORWARD_OPERATORS), attention, communication),
+        _Pass(_with_overhead(machine, backward, _BACKWARD_OPERATORS), 2.5 * attention, communication),
+    )
+
+
+def _tensor_parallel(shapes: Shapes, low: float, machine: Machine) -> float:
+    """Collectives of a layer in one direction: two of the residual's width and one for each adapter.
+
+    Without sequence parallelism the two are all-reduces: behind both row linears forward, both column linears backward,
+    and so for the r-wide ones of two of the four adapters. With it each is a gather and a scatter.
+    """
+    ranks = shapes.ranks
+    if ranks == 1:
+        return 0.0
+    link = _machine_link(machine, ranks)
+    full = shapes.tokens * shapes.hidden * shapes.width
+    if not shapes.sequence_parallel:
+        return 2 * link.all_reduce(full, ranks) + 2 * link.all_reduce(low / 4, ranks)
+    scatter = machine.scatter or link
+    return 2 * (link.half(full, ranks) + scatter.half(full, ranks)) + 2 * (
+        link.half(low / 4, ranks) + scatter.half(low / 4, ranks)
+    )
+
+
+def _first_layer_saves(shapes: Shapes, ranks: tuple[int, ...], machine: Machine) -> float:
+    """What a model's first layer does not compute: the gradient of its input."""
+    q, k = shapes.heads * shapes.head_dim, shapes.groups * shapes.head_dim
+    norm = _MOVED * 9 * 4 * shapes.local_tokens * shapes.hidden / machine.stream
+    saved = _matmul(machine, shapes.tokens, shapes.hidden, q + 2 * k, shapes.width) + norm
+    return saved if ranks[0] else 0.0  # without an adapter there, more; too rare to count
+
+
+def _loss(shapes: Shapes, machine: Machine) -> _Pass:
+    """Final norm, output layer and cross entropy, both directions."""
+    width, columns = shapes.width, shapes.vocab
+    product = 2 * _matmul(machine, shapes.tokens, shapes.hidden, columns, width)
+    moved = 10 * 4  # fp32 reads and writes of maximum, difference, exponential, sum, quotient, gradient
+    moved += 2 * (4 + width) if width < 4 else 0
+    moved += 4 * width if shapes.padded_vocab else 0
+    passes = shapes.tokens * columns * moved + _MOVED * 40 * shapes.local_tokens * shapes.hidden
+    communication = 0.0
+    if shapes.ranks > 1:
+        link = _machine_link(machine, shapes.ranks)
+        full = shapes.tokens * shapes.hidden * width
+        communication = 3 * link.all_reduce(4 * shapes.tokens, shapes.ranks)
+        if shapes.sequence_parallel:
+            communication += 2 * link.half(full, shapes.ranks) + (machine.scatter or link).half(full, shapes.ranks)
+        else:
+            communication += 2 * link.all_reduce(full, shapes.ranks)
+    return _Pass(_with_overhead(machine, product + passes / machine.stream, _LOSS_OPERATORS), 0.0, communication)
+
+
+def _optimizer(plan: Plan, ranks: tuple[int, ...], machine: Machine) -> tuple[float, float]:
+    """(reduction of adapter gradients over replicas, AdamW) on the stage with most layers."""
+    m, t = plan.model, plan.tp
+    q, kv, f, h = m.query_width, m.kv_width, m.ffn_hidden_size, m.hidden_size
+    per_rank = (h + (q + 2 * kv) / t, q / t + h, h + 2 * f / t, f / t + h)  # elements of both factors, per unit of rank
+    layers = max(plan.partition.layers_of_stage(stage) for stage in range(plan.partition.stages))
+    elements = layers * sum(rank * size for rank, size in zip(ranks, per_rank, strict=True))
+    factors = 2 * layers * sum(1 for rank in ranks if rank)
+    link = _machine_link(machine, plan.tp * plan.dp)
+    reduce = link.all_reduce(4 * elements, plan.dp)
+    if plan.distributed_optimizer:
+        reduce = link.half(4 * elements, plan.dp) + link.half(WIDTH[plan.adapter_dtype] * elements, plan.dp)
+        elements /= plan.dp
+    update = 14 * 4 * elements / machine.stream  # reads and writes of gradient, master and moments
+    operators = factors * _STEP_OPERATORS * machine.operator
+    return reduce, max(update, operators) if machine.queued else update + operators
+
+
+def _matmul(machine: Machine, m: float, k: float, n: float, width: int) -> float:
+    """A narrow product moves more than it multiplies."""
+    return max(2 * m * k * n / machine.matmul, width * (m * k + k * n + m * n) / machine.stream)
+
+
+def _with_overhead(machine: Machine, kernels: float, operators: int) -> float:
+    own = operators * machine.operator
+    return max(kernels, own) if machine.queued else kernels + own
+
+
+def _machine_link(machine: Machine, span: int) -> Link:
+    """The link of a group whose members lie within `span` consecutive ranks."""
+    return machine.inside if span <= machine.per_host else machine.between

@@ -1,0 +1,137 @@
+"""The fine-tuning job: everything is opened and checked, then the loop runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modellink_lora import __version__
+from modellink_lora.adapters.targets import trainable_table
+from modellink_lora.checkpoint.adapter import AdapterMeta
+from modellink_lora.checkpoint.store import TRACKER, read_tracker
+from modellink_lora.config.parallel import ParallelConfig
+from modellink_lora.config.train import SftDataConfig, TrainConfig
+from modellink_lora.device import Device
+from modellink_lora.models.build import DTYPES
+from modellink_lora.parallel.context import make_context
+from modellink_lora.training.assembly import assemble, open_inputs
+from modellink_lora.training.data import RunData
+from modellink_lora.training.flops import lora_step_flops
+from modellink_lora.training.guards import Guards
+from modellink_lora.training.keeper import Keeper
+from modellink_lora.training.loop import Loop
+from modellink_lora.training.report import Reporter
+from modellink_lora.training.run_record import run_facts
+from modellink_lora.training.state import Parts, Progress, resume, take_snapshot
+from modellink_lora.training.summary import ADAPTER_HEADER, memory_of, print_summary, summary_rows
+from modellink_lora.training.telemetry import Telemetry
+from modellink_lora.training.trackers import Wandb
+
+LIBRARIES = ("torch", "megatron-core", "transformers")
+
+
+def fine_tune(
+    *,
+    train: TrainConfig,
+    data: SftDataConfig,
+    parallel: ParallelConfig,
+    model_flags: Mapping[str, Any],
+    lora_flags: Mapping[str, Any],
+    device: Device,
+    torch_device: torch.device,
+    stop: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Train an adapter. The default process group exists and the device is active.
+
+    Args:
+        model_flags, lora_flags: ModelConfig and LoraConfig fields the user typed.
+        stop: name of a signal that asks this process to save and stop, or None.
+    Raises:
+        UserError: any input that does not fit, before the first step where possible.
+    """
+    torch.use_deterministic_algorithms(train.deterministic)
+    context = make_context(parallel, torch_device)
+    inputs = open_inputs(train, data, context, model_flags=model_flags, lora_flags=lora_flags)
+    base, lora, adapter, run_data = inputs.base, inputs.lora, inputs.adapter, inputs.data
+    partition, linears = inputs.partition, inputs.linears
+    memory = memory_of(train, base, lora, linears, partition, run_data, context)
+    rows = summary_rows(
+        train, base, lora, f"from {adapter.folder}" if adapter else "new", linears, partition, run_data, context,
+        device, memory,
+    )  # fmt: skip
+    assembly = assemble(inputs, train, context, device)
+    setup, chunks, parts = assembly.setup, assembly.chunks, assembly.parts
+    notes = [*run_data.notes, *setup.notes, *(adapter.notes if adapter else ())]
+    if not train.load:
+        notes.insert(0, "warning: no --load was given, so the base model has RANDOM weights and learns nothing useful")
+    if context.is_main:
+        print_summary(rows, linears, base, notes)
+
+    progress, told = _start(train, adapter, parts, run_data)
+    root = Path(train.save) if train.save else None
+    facts = run_facts(
+        configs=[train, data, lora, parallel, base.config], summary=rows, notes=notes, memory=memory[context.pp_rank],
+        adapters=(ADAPTER_HEADER, trainable_table(linears, base.config)), device=device, context=context,
+    )  # fmt: skip
+    wandb = Wandb(train.wandb_project, train.wandb_exp_name, train.wandb_save_dir) if train.wandb_project else None
+    reporter = Reporter(
+        speaks=context.is_main, folder=root, tensorboard=train.tensorboard_dir, wandb=wandb, facts=facts,
+        start=progress.iteration, total=train.train_iters,
+    )  # fmt: skip
+    trainable = sum(linear.parameters for linear in linears)
+    telemetry = Telemetry(
+        device, context, model_config=setup.chunks[0].config, dtype=DTYPES[train.dtype],
+        flops=functools.partial(lora_step_flops, base.config, trainable), log_interval=train.log_interval,
+    )  # fmt: skip
+    guards = Guards(
+        setup.chunks, setup.layers, linears, partition, context,
+        layouts={spec.name: spec.layout for spec in base.family.tensors(base.config)} | parts.layouts,
+        check_finite=train.check_nan, overflow_is_normal=train.fp16,
+    )  # fmt: skip
+    keeper = None
+    if root:
+        limits = dict(limit=train.save_total_limit, in_background=train.async_save)
+        keeper = Keeper(root, context, **limits, say=reporter.say)
+
+    def save(is_best: bool) -> None:
+        assert keeper is not None
+        meta = AdapterMeta(
+            lora=lora, model=base.config, base_fingerprint=setup.fingerprint, iteration=progress.iteration,
+            prompt_type=data.prompt_type or (run_data.corpus.sidecar or {}).get("prompt_type"),
+            versions={"modellink_lora": __version__, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
+        )  # fmt: skip
+        keeper.save(progress.iteration, take_snapshot(progress, meta, parts), is_best=is_best)
+
+    with reporter:
+        for line in [*told, "training ..."]:
+            reporter.say(line)
+        for chunk in chunks:
+            chunk.train()
+        Loop(
+            train=train, data=run_data, chunks=chunks, optimizer=parts.optimizer, scheduler=parts.scheduler,
+            progress=progress,
+            guards=guards, reporter=reporter, telemetry=telemetry, context=context, device=device,
+            save=save if keeper else None, stop=stop,
+        ).run()  # fmt: skip
+        if keeper:
+            keeper.finish()
+    if reporter.report:
+        print(f"report: {reporter.report}", flush=True)
+
+
+def _start(train: TrainConfig, adapter: Any, parts: Parts, run_data: RunData) -> tuple[Progress, list[str]]:
+    """Where the run begins, and what to tell about it."""
+    if adapter and not train.finetune:
+        return resume(adapter, parts, load_optimizer=not train.no_load_optim, data=run_data.order)
+    told = []
+    if adapter:
+        told.append(f"--finetune: starting at iteration 0 from the weights of {adapter.folder}")
+    if train.save and (Path(train.save) / TRACKER).is_file():
+        ended = read_tracker(Path(train.save), flag="--save")
+        told.append(f"warning: --save {train.save} holds a run that ended at {ended}; it is overwritten")
+    return Progress(data=run_data.order), told
