@@ -74,7 +74,7 @@ def report(config: PlanConfig, lora: LoraConfig) -> None:
     print_table(
         f"fastest {count} of {len(found.fitting)} layouts that fit ({found.considered} considered)",
         _rows(found.fitting[:count], work, config.count),
-        ("", "TP", "PP", "DP", "micro batch", "recompute", "GB", "step", "TFLOP/s", "where the time goes"),
+        ("", "TP", "PP", "DP", "micro batch", "recompute", "GB", "step", "TFLOP/s", "time goes to"),
     )
     best = found.fitting[0]
     flags = ["--lora-r", str(lora.r), "--lora-alpha", f"{lora.alpha:g}", "--lora-target-modules", *lora.target_modules]
@@ -156,10 +156,10 @@ def _processes(name: str) -> int:
 def _rows(candidates: Sequence[Any], work: Any, devices: int) -> list[tuple[str, ...]]:
     from modellink_lora.training.plan import describe_recompute, step_flops
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, c in enumerate(candidates, 1):
         plan, total = c.plan, c.time.total
-        most = sorted(c.time.parts.items(), key=lambda part: -part[1])[:4]
+        most = sorted(c.time.parts.items(), key=lambda part: -part[1])[:3]
         stages = f"{c.stages}" + (f" x {c.chunks} chunks" if c.chunks > 1 else "")
         rows.append((
             str(number), f"{plan.tp}{' SP' if plan.sequence_parallel else ''}", stages,
@@ -190,10 +190,11 @@ def _duration(seconds: float) -> str:
 
 
 def _wrapped(words: Sequence[str]) -> str:
-    """A command of one flag a line."""
-    lines: list[list[str]] = [[]]
-    for word in words:
-        if word.startswith("--") and "posttrain_gpt.py" in " ".join(sum(lines, [])):
+    """A command with one of the program's flags a line."""
+    program = words.index("posttrain_gpt.py") + 1
+    lines = [list(words[:program])]
+    for word in words[program:]:
+        if word.startswith("--"):
             lines.append([])
-        lines[-1].append(word if word.startswith("$") else shlex.quote(word))
-    return " \\\n    ".join(" ".join(line) for line in lines)
+        lines[-1].append(word)
+    return " \\\n    ".join(" ".join(w if w.startswith("$") else shlex.quote(w) for w in line) for line in lines)

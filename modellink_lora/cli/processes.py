@@ -56,6 +56,8 @@ def joined(
     # megatron-core warns about optional GPU libraries at every start; none of them is used here
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # megatron-core calls collectives by names that newer releases of torch are renaming
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     torch_device = chosen.activate(launch.local_rank)
     start_processes(
         chosen.backend,

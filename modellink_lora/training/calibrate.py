@@ -5,8 +5,8 @@ All processes measure at once, as in training, so that what they share (memory b
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
         return torch.randn(shape, device=here).to(dtype)
 
     def seconds(job: Callable[[], Any]) -> float:
-        """Median over repeats of the slowest process."""
+        """Best of the repeats, of the slowest process: others on the machine only ever make it slower."""
         times = []
         for repeat in range(_REPEATS + 2):
             dist.barrier()
@@ -88,26 +88,42 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
             device.synchronize()
             if repeat >= 2:  # after the first, caches and kernels are warm
                 times.append(time.perf_counter() - begin)
-        worst = torch.tensor([statistics.median(times)], dtype=torch.float64 if not accelerator else torch.float32)
+        worst = torch.tensor([min(times)], dtype=torch.float64 if not accelerator else torch.float32)
         worst = worst.to(here)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return float(worst)
 
-    x, weight = tensor(size, 2 * size), tensor(4 * size, 2 * size)
-    matmul = 2 * size * 2 * size * 4 * size / seconds(lambda: F.linear(x, weight))
+    matmul, weights = _products(size, tensor, seconds)
     long, heads, width = size, 8, 64
     q, k, v = (tensor(1, heads, long, width) for _ in range(3))
     attention = seconds(lambda: device.attention(q, k, v, causal=True, scale=width**-0.5))
-    passes = tensor((2**27 if accelerator else 2**21))
-    stream = 3 * passes.numel() * passes.element_size() / seconds(lambda: passes * passes)
+    left, right = (tensor(2**27 if accelerator else 2**22) for _ in range(2))
+    stream = 3 * left.numel() * left.element_size() / seconds(lambda: left * right)
     operator = _operator_seconds(here, seconds)
     inside, scatter = _NONE, None
     if processes > 1:
         inside, scatter = _links(here, dtype, processes, seconds, large=2**26 if accelerator else 2**22)
     return Machine(
-        name=device.name, memory=0.0, matmul=matmul, attention=2 * heads * long**2 * width / attention, stream=stream,
-        operator=operator, queued=accelerator, per_host=processes, inside=inside, between=inside, scatter=scatter,
+        name=device.name, memory=0.0, matmul=matmul, weights=weights, stream=stream, operator=operator,
+        attention=2 * heads * long**2 * width / attention, queued=accelerator, per_host=processes, inside=inside,
+        between=inside, scatter=scatter,
     )  # fmt: skip
+
+
+def _products(
+    size: int, tensor: Callable[..., torch.Tensor], seconds: Callable[[Callable[[], Any]], float]
+) -> tuple[float, float]:  # fmt: skip
+    """FLOP/s of many rows through a weight, forward and backward, and bytes/s of weights that few rows cost besides."""
+    weight = tensor(4 * size, 2 * size)
+    times = {}
+    for rows in (size // 4, 2 * size):
+        x, grad = tensor(rows, 2 * size), tensor(rows, 4 * size)
+        times[rows] = (seconds(lambda x=x: F.linear(x, weight)) + seconds(lambda g=grad: g @ weight)) / 2  # type: ignore[misc]
+    (few, little), (many, much) = times.items()
+    one = (much - little) / (many - few)  # seconds a row
+    rest = max(little - few * one, 0.0)
+    rate = 2 * weight.numel() / one
+    return rate, weight.numel() * weight.element_size() / rest if rest else math.inf
 
 
 def _operator_seconds(here: torch.device, seconds: Callable[[Callable[[], Any]], float]) -> float:
@@ -137,7 +153,7 @@ def _links(
             part = torch.zeros(elements // processes, device=here, dtype=dtype)
             times[elements] = seconds(lambda whole=whole, part=part: job(whole, part))  # type: ignore[misc]
         moved = rounds * large * torch.empty(0, dtype=dtype).element_size() * (processes - 1) / processes
-        latency = times[processes] / rounds
+        latency = times[processes] / rounds / math.log2(processes)
         return Link(latency, moved / max(times[large] - times[processes], 1e-9))
 
     reduce = link(lambda whole, part: dist.all_reduce(whole), 2)

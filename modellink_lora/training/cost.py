@@ -11,7 +11,8 @@ Letters: T tokens of a micro-batch, t tensor parallel size, h hidden, o outputs,
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modellink_lora.training.memory import Plan
@@ -26,22 +27,25 @@ _HASH_PASSES = 12  # int32 results of drawing one dropout mask
 
 @dataclass(frozen=True)
 class Link:
-    """Time of a message: latency + bytes / bandwidth, bytes being what one process sends."""
+    """Time of a message: latency + bytes / bandwidth, bytes being what one process sends.
+
+    A collective is once or twice as many messages as the levels of a tree over its ranks, and the bytes of a ring.
+    """
 
     latency: float  # seconds
     bandwidth: float  # bytes/s of one process, one direction
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        return self._ring(2 * size, 2, ranks)
+        return self._collective(2 * size, 2, ranks)
 
     def half(self, size: float, ranks: int) -> float:
         """All-gather or reduce-scatter of `size` bytes in full."""
-        return self._ring(size, 1, ranks)
+        return self._collective(size, 1, ranks)
 
-    def _ring(self, size: float, rounds: int, ranks: int) -> float:
+    def _collective(self, size: float, rounds: int, ranks: int) -> float:
         if ranks == 1:
             return 0.0
-        return rounds * self.latency + size * (ranks - 1) / ranks / self.bandwidth
+        return rounds * self.latency * math.log2(ranks) + size * (ranks - 1) / ranks / self.bandwidth
 
     def send(self, size: float) -> float:
         return self.latency + size / self.bandwidth
@@ -61,6 +65,9 @@ class Machine:
     per_host: int
     inside: Link
     between: Link
+    weights: float = (
+        math.inf
+    )  # bytes/s of weights that a product takes in besides multiplying, as on CPUs that pack them
     scatter: Link | None = None  # reduce-scatter inside a host where it is slower than an all-gather, as over gloo
 
 
@@ -152,7 +159,7 @@ def layer_passes(shapes: Shapes, ranks: tuple[int, ...], machine: Machine) -> tu
     q, k = shapes.heads * shapes.head_dim, shapes.groups * shapes.head_dim
     linears = (("column", h, q + 2 * k), ("row", q, h), ("column", h, 2 * f), ("row", f, h))
     products = adapters = 0.0
-    low = 0.0  # bytes of r-wide tensors that cross between ranks in one direction of a pass
+    low: dict[str, list[float]] = {"column": [], "row": []}  # bytes of r-wide tensors that cross between ranks
     sums = 0.0  # elements that an adapter adds to its base's output
     inputs = 0.0  # elements that adapters read
     for (kind, i, o), rank in zip(linears, ranks, strict=True):
@@ -161,13 +168,13 @@ def layer_passes(shapes: Shapes, ranks: tuple[int, ...], machine: Machine) -> tu
             continue
         a_tokens, b_tokens = (local, tokens) if kind == "column" else (tokens, local)
         adapters += _matmul(machine, a_tokens, i, rank, w) + _matmul(machine, b_tokens, rank, o, w)
-        low += tokens * rank * WIDTH[shapes.adapter_dtype]
+        low[kind].append(tokens * rank * WIDTH[shapes.adapter_dtype])
         sums += b_tokens * o
         inputs += a_tokens * i
     area = 2.0 * shapes.batch * shapes.length**2 * q  # q k^T and the weighted sum, half of both masked
     attention = area / machine.attention
-    norm = local * h
-    head_norms = tokens * (q + k) if shapes.qk_norm else 0
+    norm = float(local * h)
+    head_norms = float(tokens * (q + k) if shapes.qk_norm else 0)
     wide = 4  # norms work in fp32
     # results of element-wise operators, bytes, in the order of the layer: norms, rotation, gate, residuals, adapters
     there = (2 * norm + head_norms) * (3 * wide + (2 * w if w < 4 else 0))
@@ -183,29 +190,32 @@ def layer_passes(shapes: Shapes, ranks: tuple[int, ...], machine: Machine) -> tu
     back += masks * (_HASH_PASSES * 4 + 2 * w)
     forward = products + adapters + attention + _MOVED * there / machine.stream
     backward = products + 2 * adapters + 2.5 * attention + _MOVED * back / machine.stream
-    communication = _tensor_parallel(shapes, low, machine)
+    to_row = _tensor_parallel(shapes, machine, gathered=low["column"], reduced=low["row"])
+    to_column = _tensor_parallel(shapes, machine, gathered=low["row"], reduced=low["column"])
     return (
-        _Pass(_with_overhead(machine, forward, _FORWARD_OPERATORS), attention, communication),
-        _Pass(_with_overhead(machine, backward, _BACKWARD_OPERATORS), 2.5 * attention, communication),
+        _Pass(_with_overhead(machine, forward, _FORWARD_OPERATORS), attention, to_row),
+        _Pass(_with_overhead(machine, backward, _BACKWARD_OPERATORS), 2.5 * attention, to_column),
     )
 
 
-def _tensor_parallel(shapes: Shapes, low: float, machine: Machine) -> float:
-    """Collectives of a layer in one direction: two of the residual's width and one for each adapter.
+def _tensor_parallel(
+    shapes: Shapes, machine: Machine, *, gathered: Sequence[float], reduced: Sequence[float]
+) -> float:  # fmt: skip
+    """Collectives of a layer in one direction: two of the residual's width, and the r-wide ones of its adapters.
 
-    Without sequence parallelism the two are all-reduces: behind both row linears forward, both column linears backward,
-    and so for the r-wide ones of two of the four adapters. With it each is a gather and a scatter.
+    Without sequence parallelism these are all-reduces: behind both row linears forward, both column linears backward.
+    With it each is a gather and a scatter, and the other side's adapters gather too.
     """
     ranks = shapes.ranks
     if ranks == 1:
         return 0.0
     link = _machine_link(machine, ranks)
-    full = shapes.tokens * shapes.hidden * shapes.width
+    full = float(shapes.tokens * shapes.hidden * shapes.width)
     if not shapes.sequence_parallel:
-        return 2 * link.all_reduce(full, ranks) + 2 * link.all_reduce(low / 4, ranks)
+        return sum(link.all_reduce(size, ranks) for size in (full, full, *reduced))
     scatter = machine.scatter or link
-    return 2 * (link.half(full, ranks) + scatter.half(full, ranks)) + 2 * (
-        link.half(low / 4, ranks) + scatter.half(low / 4, ranks)
+    return sum(link.half(size, ranks) for size in (full, full, *gathered)) + sum(
+        scatter.half(size, ranks) for size in (full, full, *reduced)
     )
 
 
@@ -221,7 +231,7 @@ def _loss(shapes: Shapes, machine: Machine) -> _Pass:
     """Final norm, output layer and cross entropy, both directions."""
     width, columns = shapes.width, shapes.vocab
     product = 2 * _matmul(machine, shapes.tokens, shapes.hidden, columns, width)
-    moved = 10 * 4  # fp32 reads and writes of maximum, difference, exponential, sum, quotient, gradient
+    moved = 10.0 * 4  # fp32 reads and writes of maximum, difference, exponential, sum, quotient, gradient
     moved += 2 * (4 + width) if width < 4 else 0
     moved += 4 * width if shapes.padded_vocab else 0
     passes = shapes.tokens * columns * moved + _MOVED * 40 * shapes.local_tokens * shapes.hidden
@@ -257,7 +267,8 @@ def _optimizer(plan: Plan, ranks: tuple[int, ...], machine: Machine) -> tuple[fl
 
 def _matmul(machine: Machine, m: float, k: float, n: float, width: int) -> float:
     """A narrow product moves more than it multiplies."""
-    return max(2 * m * k * n / machine.matmul, width * (m * k + k * n + m * n) / machine.stream)
+    multiplied = 2 * m * k * n / machine.matmul + width * k * n / machine.weights
+    return max(multiplied, width * (m * k + k * n + m * n) / machine.stream)
 
 
 def _with_overhead(machine: Machine, kernels: float, operators: int) -> float:

@@ -57,11 +57,11 @@ class _Layer:
     def forward(self) -> None:
         tape, d = self.tape, self.d
         self._norm("norm1", d.local_tokens * d.hidden, self.grad_in)
-        self._linear("linear_qkv", "norm1", self.qkv, d.hidden, column=True)
+        self._linear("linear_qkv", self.qkv, d.hidden, column=True)
         self._attention()
-        self._linear("linear_proj", "attention", d.residual, self.q // (d.tokens * d.width), column=False)
-        itself = not (self.recompute or d.attention_dropout) and self.flows["linear_qkv"]  # fused attention keeps it
-        if not (itself or self._keeps_input("linear_proj")):
+        self._linear("linear_proj", d.residual, self.q // (d.tokens * d.width), column=False)
+        fused = not (self.recompute or d.attention_dropout) and self.flows["linear_qkv"]  # which keeps its result
+        if not (fused or self._keeps_input("linear_proj")):
             tape.drop("attention")
         tape.drop("query")
         if d.attention_dropout:
@@ -72,12 +72,12 @@ class _Layer:
         if not self._keeps_input("linear_qkv"):
             tape.drop("norm1")
         self._norm("norm2", d.local_tokens * d.hidden, self.flows["linear_proj"])
-        self._linear("linear_fc1", "norm2", 2 * self.f, d.hidden, column=True)
+        self._linear("linear_fc1", 2 * self.f, d.hidden, column=True)
         tape.add("silu", self.f)
         tape.add("up", self.f)  # megatron-core adds an offset of 0 to the linear half: a copy
         tape.add("product", self.f)
         flows = self.flows["linear_fc1"]
-        self._linear("linear_fc2", "product", d.residual, d.ffn, column=False)
+        self._linear("linear_fc2", d.residual, d.ffn, column=False)
         self._residual("y", "linear_fc2")
         if not flows:
             tape.drop("linear_fc1", "silu", "up")
@@ -103,8 +103,8 @@ class _Layer:
         if not flows:
             tape.drop(f"{name} wide")
 
-    def _linear(self, name: str, given: str, out: int, inputs: int, *, column: bool) -> None:
-        """A frozen linear and its adapter. `inputs` are features of `given` on this rank."""
+    def _linear(self, name: str, out: int, inputs: int, *, column: bool) -> None:
+        """A frozen linear and its adapter: `out` bytes of result, `inputs` features on this rank."""
         tape, d, rank = self.tape, self.d, self.ranks[name]
         if d.sequence_parallel and column:
             tape.spike(self.whole, out)  # gathered input

@@ -97,6 +97,7 @@ class Loop:
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step over this replica's share of a global batch."""
         train, progress = self.train, self.progress
+        self.stop()  # from its first call on there is something to save
 
         def forward_again() -> None:
             with torch.no_grad():
@@ -106,7 +107,7 @@ class Loop:
             self.chunks, self.optimizer, batches, self.context, self.device,
             loss_reduction=train.loss_reduction, telemetry=self.telemetry,
             inspect=lambda totals: self.guards.before_update(progress.iteration + 1, totals, forward_again),
-            stop=self.stop() is not None,
+            stop=self.stop,
         )  # fmt: skip
         progress.iteration += 1
         progress.consumed_samples += self.data.batch_size

@@ -53,8 +53,8 @@ class Assumed:
     attention: float = 0.4
     stream: float = 0.75
     link: float = 0.7
-    inside_latency: float = 15e-6
-    between_latency: float = 30e-6
+    inside_latency: float = 8e-6
+    between_latency: float = 15e-6
     operator: float = 5e-6
 
     def lines(self) -> list[str]:
@@ -62,7 +62,8 @@ class Assumed:
             f"matrix products reach {self.matmul:.0%} of the peak, attention {self.attention:.0%}, element-wise "
             f"operators {self.stream:.0%} of the memory bandwidth, collectives {self.link:.0%} of the link",
             f"a message takes {self.inside_latency * 1e6:.0f} us inside a host and {self.between_latency * 1e6:.0f} us "
-            f"between hosts besides its bytes; launching an operator takes {self.operator * 1e6:.0f} us",
+            f"between hosts besides its bytes, a collective one for each doubling of its ranks; launching an operator "
+            f"takes {self.operator * 1e6:.0f} us",
             "nothing overlaps but launches with kernels; samples have the full length; data, saving and validation "
             "cost nothing",
         ]
@@ -110,9 +111,9 @@ def calibrated(path: Path, config: PlanConfig) -> tuple[Machine, dict[str, Any]]
     try:
         stored = json.loads(path.read_text())
         facts = stored.pop("measured on")
-        links = {name: Link(**stored.pop(name)) for name in ("inside", "between")}
-        scatter = stored.pop("scatter")
-        machine = Machine(**stored, **links, scatter=Link(**scatter) if scatter else None)
+        for name in ("inside", "between", "scatter"):
+            stored[name] = Link(**stored[name]) if stored[name] else None
+        machine = Machine(**stored)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--calibration {path}: not a calibration of this version ({error}); measure anew") from None
     if facts["dtype"] != config.dtype:

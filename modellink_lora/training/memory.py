@@ -6,7 +6,8 @@ stage with what each layer keeps and needs on the way (training/layer_tape.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from modellink_lora.adapters.targets import AdaptedLinear
 
 _BUCKET_PADDING = 128  # elements: megatron-core 0.16.1, param_and_grad_buffer.py, _pad_end_of_bucket_if_needed
+Ranks = Mapping[tuple[int, str], int]  # LoRA rank by layer and target
 _PARAMETER_PADDING = 64  # the same file, _pad_start_of_param_if_needed
 
 
@@ -106,15 +108,23 @@ def frozen_elements(plan: Plan, stage: int) -> int:
 
 def _trained(plan: Plan, linears: Sequence[AdaptedLinear], stage: int) -> list[int]:
     """Elements of every adapter factor on a rank of `stage`: the factor on the cut side is cut (adapters/lora.py)."""
+    held = {index for chunk in range(plan.partition.chunks) for index in plan.partition.layers(stage, chunk)}
     sizes = []
-    chunks = range(plan.partition.chunks)
     for linear in linears:
-        if not any(plan.partition.holds(linear.name, stage, chunk) for chunk in chunks):
+        layer_index, target = _place(linear.name)
+        if layer_index not in held:
             continue
-        column = linear.name.endswith(("linear_qkv", "linear_fc1"))
+        column = target in ("linear_qkv", "linear_fc1")
         sizes.append(linear.r * linear.in_features // (1 if column else plan.tp))
         sizes.append(linear.r * linear.out_features // (plan.tp if column else 1))
     return sizes
+
+
+@functools.lru_cache(maxsize=4096)
+def _place(name: str) -> tuple[int, str]:
+    """(layer, target) of a linear's global name."""
+    parts = name.split(".")
+    return int(parts[2]), parts[-1]
 
 
 def _buffer_elements(plan: Plan, trained: Sequence[int]) -> int:
@@ -136,8 +146,9 @@ def _peak(plan: Plan, linears: Sequence[AdaptedLinear], stage: int, tp_rank: int
     """The most bytes of activations at once, and how many of them are as wide as the vocabulary."""
     shapes = plan.shapes(tp_rank)
     stages, chunks = plan.partition.stages, plan.partition.chunks
-    ends = {(chunk, _is_first(stage, chunk), _is_last(plan, stage, chunk)) for chunk in range(chunks)}
-    costs = {chunk: _chunk(plan, shapes, linears, stage, chunk, first, last) for chunk, first, last in sorted(ends)}
+    ends = [(chunk, _is_first(stage, chunk), _is_last(plan, stage, chunk)) for chunk in range(chunks)]
+    ranks = {_place(linear.name): linear.r for linear in linears}
+    costs = {chunk: _chunk(plan, shapes, ranks, stage, chunk, first, last) for chunk, first, last in ends}
     wide = logits_bytes(shapes)
     live, best = _stale(plan, shapes, stage), (0, 0)
     for step, chunk in schedule(stages, stage, chunks, plan.micro_batches):
@@ -182,9 +193,7 @@ def _is_last(plan: Plan, stage: int, chunk: int) -> bool:
     return stage == plan.partition.stages - 1 and chunk == plan.partition.chunks - 1
 
 
-def _chunk(
-    plan: Plan, shapes: Shapes, linears: Sequence[AdaptedLinear], stage: int, chunk: int, first: bool, last: bool
-) -> _Chunk:
+def _chunk(plan: Plan, shapes: Shapes, ranks: Ranks, stage: int, chunk: int, first: bool, last: bool) -> _Chunk:
     h = shapes.residual
     alone = plan.partition.stages == 1
     # Held by a variable until the forward pass returns: the embeddings, or what the stage before sent. The latter stays
@@ -192,7 +201,7 @@ def _chunk(
     entry = h if first else 0
     held = 0 if first else h * (shapes.width < 4)
     held += 0 if last else h
-    groups = list(_groups(plan, _layers(plan, shapes, linears, stage, chunk, first)))
+    groups = list(_groups(plan, _layers(plan, shapes, ranks, stage, chunk, first)))
     live, forward, backward = held + entry, 0, 0
     for members, checkpointed in groups:
         if checkpointed:
@@ -226,21 +235,19 @@ def _chunk(
     return _Chunk(kept, forward, backward, at_loss)
 
 
-def _layers(
-    plan: Plan, shapes: Shapes, linears: Sequence[AdaptedLinear], stage: int, chunk: int, first: bool
-) -> list[Footprint]:
+def _layers(plan: Plan, shapes: Shapes, ranks: Ranks, stage: int, chunk: int, first: bool) -> list[Footprint]:
     """What each layer of a chunk keeps and needs."""
-    ranks = {linear.name: linear.r for linear in linears}
     selective = plan.recompute_granularity == "selective"
     grad = not first or plan.recompute_granularity == "full"  # full recompute makes embeddings differentiable
-    result = []
+    result: list[Footprint] = []
+    known: dict[tuple[int, int, int, int, bool], Footprint] = {}
     for index in plan.partition.layers(stage, chunk):
-        prefix = f"decoder.layers.{index}."
-        own = tuple(
-            ranks.get(f"{prefix}{'self_attention' if name in TARGETS[:2] else 'mlp'}.{name}", 0) for name in TARGETS
-        )
-        result.append(layer(shapes, own, grad_in=grad, recompute_attention=selective))
-        grad = grad or any(own)
+        qkv, proj, fc1, fc2 = (ranks.get((index, name), 0) for name in TARGETS)
+        kind = (qkv, proj, fc1, fc2, grad)
+        if kind not in known:
+            known[kind] = layer(shapes, (qkv, proj, fc1, fc2), grad_in=grad, recompute_attention=selective)
+        result.append(known[kind])
+        grad = grad or any(kind[:4])
     return result
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from modellink_lora.config.train import TrainConfig
 from modellink_lora.models.build import DTYPES, GPT
-from modellink_lora.parallel.context import ParallelContext
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 
@@ -132,11 +131,11 @@ def _held(optimizer: Any, parameter: Tensor) -> _Held | None:
 
 
 def state_tensors(
-    optimizer: Any, parameters: Mapping[str, Tensor], context: ParallelContext
+    optimizer: Any, parameters: Mapping[str, Tensor], dp_group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter name, one of STATE, tensor of the parameter's shape) for every parameter; moments start at zero.
 
-    Under the distributed optimizer every replica holds slices: then all processes must iterate together.
+    Under the distributed optimizer the replicas of `dp_group` hold slices, and must iterate together.
     """
     sliced = isinstance(_megatron(optimizer), DistributedOptimizer)
     for name, parameter in parameters.items():
@@ -149,16 +148,16 @@ def state_tensors(
                 if value is not None:
                     held.cut(full).copy_(value)
             if sliced:  # slices do not overlap: adding zeros changes no bit
-                dist.all_reduce(full, group=context.dp_group)
+                dist.all_reduce(full, group=dp_group)
             yield name, kind, full
 
 
 def reduced_gradients(
-    optimizer: Any, parameters: Mapping[str, Tensor], context: ParallelContext
+    optimizer: Any, parameters: Mapping[str, Tensor], dp_group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, gradient of the parameter's shape) as AdamW will see it: summed over replicas, not clipped.
 
-    Under the distributed optimizer every replica holds slices: then all processes must iterate together.
+    Under the distributed optimizer the replicas of `dp_group` hold slices, and must iterate together.
     """
     sliced = isinstance(_megatron(optimizer), DistributedOptimizer)
     scale = float(optimizer.get_loss_scale())
@@ -168,7 +167,7 @@ def reduced_gradients(
             own, held = torch.zeros_like(gradient), _held(optimizer, parameter)
             if held is not None:
                 own.view(-1)[held.span] = gradient.reshape(-1)[held.span]
-            dist.all_reduce(own, group=context.dp_group)
+            dist.all_reduce(own, group=dp_group)
             gradient = own
         yield name, gradient / scale
 

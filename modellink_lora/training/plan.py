@@ -6,6 +6,7 @@ Recomputation is used where a layout does not fit without it, and no more of it 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,7 +81,8 @@ def search(work: Workload, machine: Machine, devices: int) -> Search:
                 smallest = most
             continue
         fitting.append(found)
-    fitting.sort(key=lambda c: (c.time.total, c.memory["total"]))
+    # times within about 1 % are no difference that this model can tell: then the smaller first
+    fitting.sort(key=lambda c: (round(100 * math.log(c.time.total)), c.memory["total"]))
     return Search(fitting, considered, smallest)
 
 
@@ -147,10 +149,11 @@ def fit(plan: Plan, work: Workload, machine: Machine) -> Candidate | None:
 
 
 def largest_memory(plan: Plan, work: Workload) -> dict[str, int]:
-    """Of the first stage, which holds most micro-batches and the embedding, and the last, which has the logits."""
+    """Of the stage that needs most: the first two, with most micro-batches in flight, or the last, with the logits."""
     few = dataclasses.replace(plan, micro_batches=min(plan.micro_batches, 4 * plan.partition.stages))  # steady by then
-    ends = {0, plan.partition.stages - 1}
-    return max((rank_memory(few, work.linears, stage=stage) for stage in ends), key=lambda parts: parts["total"])
+    last = plan.partition.stages - 1
+    stages = {0, min(1, last), last}
+    return max((rank_memory(few, work.linears, stage=stage) for stage in stages), key=lambda parts: parts["total"])
 
 
 def launch_command(

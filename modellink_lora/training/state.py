@@ -110,7 +110,7 @@ def take_snapshot(progress: Progress, meta: AdapterMeta, parts: Parts) -> Snapsh
     """The state as it is now, on rank 0; None elsewhere. Every process takes part."""
     context, layouts = parts.context, parts.layouts
     state = {
-        f"{name}.{kind}": tensor for name, kind, tensor in state_tensors(parts.optimizer, parts.parameters, context)
+        f"{name}.{kind}": tensor for name, kind, tensor in state_tensors(parts.optimizer, parts.parameters, context.dp_group)
     }
     if context.dp_rank:
         return None  # replica 0 speaks for all

@@ -138,20 +138,20 @@ def train_step(
     loss_reduction: str,
     telemetry: Telemetry,
     inspect: Callable[[Totals], None],
-    stop: bool,
+    stop: Callable[[], str | None],
 ) -> StepResult:
     """Gradients of one global batch and one AdamW update.
 
     Args:
         inspect: called between the two, with gradients in place and weights still as they were; it may raise.
-        stop: this process was asked to stop; all learn of it in the totals.
+        stop: whether this process was asked to stop; all learn of it in the totals.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_micro_batches(chunks, batches, context, loss_reduction=loss_reduction, train=True)
     alarm = not gradients_finite(chunks)
-    totals = reduce_reports(reports, context, device, loss_reduction=loss_reduction, alarm=alarm, stop=stop)
+    totals = reduce_reports(reports, context, device, loss_reduction=loss_reduction, alarm=alarm, stop=bool(stop()))
     inspect(totals)
     with telemetry.part("optimizer"):
         updated, grad_norm, _ = optimizer.step()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
-from tests.helpers.training import TARGETS, fine_tune_here, hf_to_megatron, losses, train_flags, write_corpus
+from tests.helpers.training import TARGETS, error_of, fine_tune_here, hf_to_megatron, losses, train_flags, write_corpus
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -25,17 +25,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(
-    base: Path, save: Path, parallel: dict[str, Any], *, world_size: int = 2, data: Any = None, **train: Any
-) -> list[float]:
-    run(
-        fine_tune_here,
-        world_size=world_size,
+    base: Path, save: Path, parallel: dict[str, Any], *, job: Any = fine_tune_here, data: Any = None, **train: Any
+) -> Any:
+    """Losses of a run over two processes, or what `job` answers."""
+    answers = run(
+        job,
+        world_size=2,
         train=train_flags(load=str(base), save=str(save), **train),
         data={"data_path": (str(base.parent / "data"),), "seq_length": 32, **(data or {})},
         parallel=parallel,
         lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
     )
-    return losses(save)
+    return losses(save) if job is fine_tune_here else answers
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,12 @@ def test_validation_and_test_losses_agree_between_layouts(base: Path, tmp_path: 
     for name in ("tp2-sp", "pp2"):
         for (*_, value), (*_, expected) in zip(found[name], found["dp2"], strict=True):
             assert value == pytest.approx(expected, rel=ROUNDING)
+
+
+def test_interleaved_stages_ask_for_a_multiple_of_the_stages_of_micro_batches(base: Path, tmp_path: Path) -> None:
+    interleaved = PP2 | {"num_layers_per_virtual_pipeline_stage": 1}
+    said = tune(base, tmp_path, interleaved, job=error_of, global_batch_size=3)
+    assert all("needs a multiple of 2 micro-batches a step and replica" in line for line in said)
 
 
 def test_random_weights_are_the_same_model_on_every_layout(base: Path, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ def test_processes_that_do_not_fill_replicas_are_refused(world: int) -> None:
         config.data_parallel_size(world)
 
 
-@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+@pytest.mark.parametrize(
+    "name",
+    ["tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"],
+)
 def test_a_size_below_one_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} 0: must be at least 1"):
         ParallelConfig(**{name: 0})

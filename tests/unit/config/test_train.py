@@ -39,6 +39,9 @@ def test_the_dtype_is_fp32_unless_a_flag_says_otherwise() -> None:
         ({"recompute_granularity": "full"}, "full needs --recompute-method and --recompute-num-layers"),
         ({"recompute_method": "uniform"}, "--recompute-method needs --recompute-granularity full"),
         ({"clip_grad": -1.0}, "must not be negative"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
+        ({"save_best": True}, "need --save: name a folder"),
+        ({"save_total_limit": -1}, "--save-total-limit -1: give a whole number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(values: dict[str, Any], message: str) -> None:

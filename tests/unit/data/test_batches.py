@@ -53,7 +53,7 @@ def test_a_sample_alone_has_the_same_targets_as_in_a_batch() -> None:
         assert torch.equal(both[key][0, :4], alone[key][0])
 
 
-def batches_of(ranks: int, *, consumed: int = 0, size: int = 2, count: int = 19) -> list[list[list[int]]]:
+def batches_of(ranks: int, *, consumed: int = 0, size: int = 2, count: int = 19) -> list[list[list[tuple[int, int]]]]:
     order = numpy.arange(count) + 100
     return [
         list(
@@ -70,15 +70,15 @@ def batches_of(ranks: int, *, consumed: int = 0, size: int = 2, count: int = 19)
 
 
 def test_each_rank_takes_its_slice_of_consecutive_blocks_and_the_rest_is_dropped() -> None:
-    first, second = batches_of(2)
+    first, second = ([[sample for _, sample in batch] for batch in rank] for rank in batches_of(2))
     assert first == [[100, 101], [104, 105], [108, 109], [112, 113]]
     assert second == [[102, 103], [106, 107], [110, 111], [114, 115]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_together_read_the_order_once(ranks: int) -> None:
-    read = [i for step in zip(*batches_of(ranks, count=24, size=2)) for batch in step for i in batch]
-    assert read == list(range(100, 124))
+    read = [pair for step in zip(*batches_of(ranks, count=24, size=2)) for batch in step for pair in batch]
+    assert read == list(enumerate(range(100, 124))), "and each sample keeps its place in the order"
 
 
 def test_consumed_samples_continue_where_a_run_stopped() -> None:
