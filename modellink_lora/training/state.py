@@ -109,9 +109,8 @@ def gather_full(
 def take_snapshot(progress: Progress, meta: AdapterMeta, parts: Parts) -> Snapshot | None:
     """The state as it is now, on rank 0; None elsewhere. Every process takes part."""
     context, layouts = parts.context, parts.layouts
-    state = {
-        f"{name}.{kind}": tensor for name, kind, tensor in state_tensors(parts.optimizer, parts.parameters, context.dp_group)
-    }
+    held = state_tensors(parts.optimizer, parts.parameters, context.dp_group)
+    state = {f"{name}.{kind}": tensor for name, kind, tensor in held}
     if context.dp_rank:
         return None  # replica 0 speaks for all
     tensors = gather_full(parts.parameters, layouts, context)

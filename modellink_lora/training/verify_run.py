@@ -161,16 +161,13 @@ def _slopes(
     directions: int,
 ) -> list[Slope]:  # fmt: skip
     """One direction after the other, up to the first along which the gradient is wrong."""
+
+    def loss() -> float:
+        return _loss(assembly, train, batches, device, backward=False).loss
+
     slopes: list[Slope] = []
     while len(slopes) < directions and not any(slope.culprit for slope in slopes):
-        slopes.append(
-            measure_slope(
-                assembly.parts,
-                gradients,
-                lambda: _loss(assembly, train, batches, device, backward=False).loss,
-                seed=len(slopes),
-            )  # fmt: skip
-        )
+        slopes.append(measure_slope(assembly.parts, gradients, loss, seed=len(slopes)))
     return slopes
 
 

@@ -70,9 +70,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_run_with_dropout_is_the_same_at_every_layout(
-    layout: str, base: Path, plain: Path, tmp_path: Path
-) -> None:
+def test_the_run_with_dropout_is_the_same_at_every_layout(layout: str, base: Path, plain: Path, tmp_path: Path) -> None:
     expected = plain / LAYOUTS[layout][2].get("loss_reduction", "micro-batch")
     assert tune(base, tmp_path, layout) == pytest.approx(losses(expected), rel=ROUNDING)
     found = adapter_tensors(tmp_path)

@@ -191,7 +191,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any, str, Any]] = {
         before(f"{GUARDS}.before_update", nothing),
     ),
     "a gradient that is not finite": (
-        PP2, {}, in_step(bad_gradient), "a gradient is not finite, nearest to the loss at decoder.layers.0.mlp.linear_fc1",
+        PP2, {}, in_step(bad_gradient),
+        "a gradient is not finite, nearest to the loss at decoder.layers.0.mlp.linear_fc1",
         before(f"{GUARDS}.before_update", nothing),
     ),
 }  # fmt: skip

@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip_without_simulator()
     folder = tmp_path_factory.mktemp("npu")
     write_corpus(folder / "data", samples=20)
-    return hf_to_megatron(tiny_model("llama", folder / "hf", tied=True), folder / "mg")
+    return hf_to_megatron(tiny_model("llama", folder / "hf", layers=4, tied=True), folder / "mg")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,19 @@ def on_cpu(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train=train_flags(load=str(base), save=str(save), train_iters=ITERATIONS),
         data={"data_path": (str(base.parent / "data"),), "seq_length": 32},
         parallel={},
-        lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
+        lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS, "dropout": 0.1},
     )
     return save
 
 
 @pytest.mark.parametrize(
     "layout",
-    [("--tensor-model-parallel-size", 2, "--sequence-parallel"), ("--pipeline-model-parallel-size", 2)],
-    ids=["tp2-sp", "pp2-tied"],
+    [
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ],
+    ids=["tp2-sp", "pp2-vpp2-tied", "dp2-distributed-optimizer"],
 )
 def test_two_simulated_npus_learn_what_one_cpu_learns(
     layout: tuple[str, ...], base: Path, on_cpu: Path, tmp_path: Path
@@ -59,6 +63,7 @@ def test_two_simulated_npus_learn_what_one_cpu_learns(
         [
             "--device", "npu", *layout, "--load", base, "--save", tmp_path, "--data-path", base.parent / "data",
             "--split", "100,0,0", "--seq-length", 32, "--variable-seq-lengths", "--lora-r", 4, "--lora-alpha", 8,
+            "--lora-dropout", "0.1",
             "--lora-target-modules", *TARGETS, "--micro-batch-size", 1, "--global-batch-size", 4,
             "--train-iters", ITERATIONS, "--lr", "5e-3", "--min-lr", "5e-3", "--lr-decay-style", "constant",
             "--eval-iters", 0, "--log-interval", 1,
@@ -72,5 +77,10 @@ def test_two_simulated_npus_learn_what_one_cpu_learns(
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(
-            found[name], expected[name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            # AdamW divides by the root of the second moment: an element that hardly moves shows rounding the most
+            found[name],
+            expected[name],
+            rtol=0,
+            atol=1e-4,
+            msg=lambda text, n=name: f"{n}: {text}",
         )

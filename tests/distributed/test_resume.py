@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed equals the run that was not: bit by bit where it was, to rounding elsewhere."""
+"""An interrupted and resumed run equals one that was not: bit by bit at its layout, to rounding elsewhere."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf_to_megatron(tiny_model("llama", folder / "hf", layers=4), folder / "mg")
 
 
-def tune(base: Path, save: Path, layout: str, lora: dict[str, Any] = LORA, job: Any = fine_tune_here, **train: Any) -> Any:
+def tune(
+    base: Path, save: Path, layout: str, lora: dict[str, Any] = LORA, job: Any = fine_tune_here, **train: Any
+) -> Any:
     world, parallel, settings = LAYOUTS[layout]
     return run(
         job,

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, the best by validation; in the background as well; failures reach everybody."""
+"""Which checkpoints stay: the newest few and the best; in the background as well; failures reach everybody."""
 
 from __future__ import annotations
 

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
-from tests.helpers.training import TARGETS, error_of, fine_tune_here, hf_to_megatron, losses, train_flags, write_corpus
+from tests.helpers.training import (
+    TARGETS,
+    adapter_tensors,
+    error_of,
+    fine_tune_here,
+    hf_to_megatron,
+    losses,
+    train_flags,
+    write_corpus,
+)
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -25,7 +35,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(
-    base: Path, save: Path, parallel: dict[str, Any], *, job: Any = fine_tune_here, data: Any = None, **train: Any
+    base: Path,
+    save: Path,
+    parallel: dict[str, Any],
+    *,
+    job: Any = fine_tune_here,
+    data: Any = None,
+    lora: Any = None,
+    **train: Any,
 ) -> Any:
     """Losses of a run over two processes, or what `job` answers."""
     answers = run(
@@ -34,7 +51,7 @@ def tune(
         train=train_flags(load=str(base), save=str(save), **train),
         data={"data_path": (str(base.parent / "data"),), "seq_length": 32, **(data or {})},
         parallel=parallel,
-        lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
+        lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS, **(lora or {})},
     )
     return losses(save) if job is fine_tune_here else answers
 
@@ -58,6 +75,12 @@ def test_low_precision_follows_fp32(
     # bf16 keeps 8 bits, 0.4 % a rounding; one per cent of the loss must be little beside what the run learns
     assert 0.01 * max(fifty) <= 0.1 * (fifty[0] - min(fifty))
     assert found == pytest.approx(fifty, rel=1e-2)
+
+
+def test_adapters_may_have_a_dtype_of_their_own(base: Path, plain: list[float], tmp_path: Path) -> None:
+    found = tune(base, tmp_path, TP2_SP, bf16=True, use_distributed_optimizer=True, lora={"dtype": "fp32"})
+    assert found == pytest.approx(plain, rel=1e-2)
+    assert {tensor.dtype for tensor in adapter_tensors(tmp_path).values()} == {torch.float32}
 
 
 def test_fixed_length_padding_does_not_change_the_losses(base: Path, plain: list[float], tmp_path: Path) -> None:

@@ -83,7 +83,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
         hf = tiny_model(family, folder / f"{name}-hf", layers=4, tied=tied)
         base = hf_to_megatron(hf, folder / f"{name}-mg")
         reference = peft_reference.train(
-            hf, reference_batches(prefix), r=R, alpha=ALPHA, lr=LR, seed=SEED, shared_a=shared_a,
+            hf,
+            reference_batches(prefix),
+            r=R,
+            alpha=ALPHA,
+            lr=LR,
+            seed=SEED,
+            shared_a=shared_a,
             dropout=dropout,
         )
         return Case(base, dropout, prefix, *reference)
@@ -100,9 +106,7 @@ def reference_batches(prefix: str) -> list[list[dict[str, torch.Tensor]]]:
     corpus = InstructionCorpus(prefix)
     order = sample_order(len(corpus), STEPS * 4, seed=SEED, shuffle=True).tolist()
     settings: dict[str, Any] = dict(pad_id=0, seq_length=32, variable_seq_lengths=True, pad_to_multiple_of=8)
-    samples = [
-        collate([corpus[i]], **settings) | {"samples": torch.tensor([place])} for place, i in enumerate(order)
-    ]
+    samples = [collate([corpus[i]], **settings) | {"samples": torch.tensor([place])} for place, i in enumerate(order)]
     return [samples[start : start + 4] for start in range(0, len(samples), 4)]
 
 
@@ -111,7 +115,9 @@ def ours(case: Case, save: Path, layout: str, mutant: str | None = None) -> tupl
     run(
         fine_tune_here,
         world_size=world,
-        train=train_flags(train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings),
+        train=train_flags(
+            train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings
+        ),
         data={"data_path": (case.prefix,), "seq_length": 32},
         parallel=parallel,
         lora={"r": R, "alpha": ALPHA, "target_modules": TARGETS, "dropout": case.dropout},

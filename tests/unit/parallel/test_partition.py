@@ -84,7 +84,9 @@ def test_a_stage_holds_every_other_run_as_megatron_lays_them_out() -> None:
     assert [list(partition.layers(stage, chunk)) for stage in (0, 1) for chunk in (0, 1)] == [
         [0, 1], [4, 5], [2, 3], [6, 7],
     ]  # fmt: skip
-    assert partition.to_local("decoder.layers.5.mlp.linear_fc1.weight", 0, 1) == "decoder.layers.1.mlp.linear_fc1.weight"
+    assert (
+        partition.to_local("decoder.layers.5.mlp.linear_fc1.weight", 0, 1) == "decoder.layers.1.mlp.linear_fc1.weight"
+    )
     assert partition.describe() == "2x2,2x2" and partition.layers_of_stage(1) == 4
 
 
