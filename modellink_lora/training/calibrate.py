@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import start_processes
 from modellink_lora.training.cost import Link, Machine
 
-_REPEATS = 7
+_REPEATS = 20
 _NONE = Link(0.0, float("inf"))  # of a single process
 
 
@@ -55,6 +56,8 @@ def calibrate(device: str, dtype: str, processes: int, *, threads: int) -> tuple
 
 
 def _work(rank: int, processes: int, folder: str, name: str, dtype: str, threads: int, sender: Any) -> None:
+    # about optional GPU libraries and coming renames; neither changes a rate
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     torch.set_num_threads(threads)
     device = get_device(name)
     here = device.activate(rank)
@@ -72,7 +75,7 @@ def _work(rank: int, processes: int, folder: str, name: str, dtype: str, threads
 
 def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: int) -> Machine:
     accelerator = here.type != "cpu"
-    size = 4096 if accelerator else 512
+    size = 4096 if accelerator else 256  # milliseconds, so that on a busy machine some repeats go undisturbed
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=here).to(dtype)
@@ -94,7 +97,7 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
         return float(worst)
 
     matmul, weights = _products(size, tensor, seconds)
-    long, heads, width = size, 8, 64
+    long, heads, width = 4096 if accelerator else 512, 8, 64
     q, k, v = (tensor(1, heads, long, width) for _ in range(3))
     attention = seconds(lambda: device.attention(q, k, v, causal=True, scale=width**-0.5))
     left, right = (tensor(2**27 if accelerator else 2**22) for _ in range(2))
@@ -102,7 +105,7 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
     operator = _operator_seconds(here, seconds)
     inside, scatter = _NONE, None
     if processes > 1:
-        inside, scatter = _links(here, dtype, processes, seconds, large=2**26 if accelerator else 2**22)
+        inside, scatter = _links(here, dtype, processes, seconds, large=2**26 if accelerator else 2**20)
     return Machine(
         name=device.name, memory=0.0, matmul=matmul, weights=weights, stream=stream, operator=operator,
         attention=2 * heads * long**2 * width / attention, queued=accelerator, per_host=processes, inside=inside,

@@ -130,7 +130,8 @@ def _own(session: Session, parallel: ParallelConfig, speaks: bool) -> tuple[Trac
     checks = [Check("steps under the guards of training", name, float(bool(stopped)), culprit=stopped)]
     for number, found in enumerate(trace.slopes, 1):
         what = f"gradient, direction {number}"
-        checks.append(Check(what, "finite differences", found.error, slope.ALLOWED, found.culprit or ""))
+        culprit = f"{found.culprit}, most of all," if found.culprit else ""
+        checks.append(Check(what, "finite differences", found.error, slope.ALLOWED, culprit))
     if not differentiable:
         why = f"the rounding of {train.dtype} hides small changes of the loss; run once without --{train.dtype}"
         checks.append(Check("gradient", "finite differences", skipped=why))
@@ -223,7 +224,7 @@ def _samples(flags: Mapping[str, Any], model: ModelConfig, train: TrainConfig, f
     random = numpy.random.RandomState(train.seed)
     with writing_corpus(str(folder / "random samples"), {}) as writer:
         for _ in range(train.global_batch_size * train.train_iters):
-            length = random.randint(max(4, flags["seq_length"] // 4), flags["seq_length"] + 1)
+            length = random.randint(max(2, flags["seq_length"] // 4), flags["seq_length"] + 1)
             ids = random.randint(0, model.vocab_size, length).tolist()
             writer.add(ids, [1] * length, [IGNORED] * (length // 3) + ids[length // 3 :])
     return SftDataConfig(**{**flags, "data_path": (str(folder / "random samples"),), "split": "100,0,0"})
