@@ -16,7 +16,9 @@ import datetime
 import importlib.metadata
 import io
 import itertools
+import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -126,11 +128,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of each round; the first warms up")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    lines, rates = [], []
+    lines, rates, load = [], [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         for processes in options.processes:
             layouts = LAYOUTS[processes]
-            machine = _best([calibrate("cpu", "fp32", processes, threads=1)[0] for _ in range(options.rounds)])
+            machine = _best([calibrate("cpu", "fp32", processes, threads=1)[0] for _ in range(3)])
             rates.append(
                 f"- {processes} processes: matrix products {machine.matmul / 1e9:.1f} GFLOP/s, attention "
                 f"{machine.attention / 1e9:.1f} GFLOP/s, element-wise {machine.stream / 1e9:.1f} GB/s, operator "
@@ -170,7 +172,8 @@ def main() -> None:
     RESULT.write_text(
         "# Planner against measured runs on CPU\n\n"
         f"{datetime.date.today()}, {_cpu()}, {platform.system()} {platform.release()}, Python "
-        f"{platform.python_version()}, {versions}; 1 thread a process, gloo.\n\n"
+        f"{platform.python_version()}, {versions}; 1 thread a process, gloo. Load average of the machine "
+        f"{load:.1f} before, {os.getloadavg()[0]:.1f} after.\n\n"
         f"    OMP_NUM_THREADS=1 python -m benchmarks.bench_plan {' '.join(sys.argv[1:])}\n\n".replace(" \n", "\n")
         + f"Model: {MODEL['num_layers']} layers, hidden {MODEL['hidden_size']}, random weights, fp32; {BATCH} samples "
         f"of {LENGTH} tokens a step; LoRA r {RANK} on all four linears. Step time is the best of "
@@ -185,12 +188,14 @@ def main() -> None:
 
 
 def _best(machines: list[Any]) -> Any:
-    """The best of every rate, as of step times: what else runs on a machine only ever makes it slower."""
+    """The best of every rate, as of step times: what else runs on a machine only makes it slower. Links: the median."""
     from modellink_lora.training.cost import Link
 
     def link(name: str) -> Link | None:
         links = [getattr(machine, name) for machine in machines if getattr(machine, name)]
-        return Link(min(x.latency for x in links), max(x.bandwidth for x in links)) if links else None
+        if not links:
+            return None
+        return Link(statistics.median(x.latency for x in links), statistics.median(x.bandwidth for x in links))
 
     rates = {name: max(getattr(m, name) for m in machines) for name in ("matmul", "attention", "stream", "weights")}
     return dataclasses.replace(

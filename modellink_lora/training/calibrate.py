@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import statistics
 import tempfile
 import time
 import warnings
@@ -25,6 +26,7 @@ from modellink_lora.parallel.context import start_processes
 from modellink_lora.training.cost import Link, Machine
 
 _REPEATS = 20
+Seconds = Callable[..., float]
 _NONE = Link(0.0, float("inf"))  # of a single process
 
 
@@ -75,12 +77,12 @@ def _work(rank: int, processes: int, folder: str, name: str, dtype: str, threads
 
 def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: int) -> Machine:
     accelerator = here.type != "cpu"
-    size = 4096 if accelerator else 256  # milliseconds, so that on a busy machine some repeats go undisturbed
+    size = 4096 if accelerator else 512  # milliseconds, so that on a busy machine some repeats go undisturbed
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=here).to(dtype)
 
-    def seconds(job: Callable[[], Any]) -> float:
+    def seconds(job: Callable[[], Any], of: Callable[[list[float]], float] = min) -> float:
         """Best of the repeats, of the slowest process: others on the machine only ever make it slower."""
         times = []
         for repeat in range(_REPEATS + 2):
@@ -91,7 +93,7 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
             device.synchronize()
             if repeat >= 2:  # after the first, caches and kernels are warm
                 times.append(time.perf_counter() - begin)
-        worst = torch.tensor([min(times)], dtype=torch.float64 if not accelerator else torch.float32)
+        worst = torch.tensor([of(times)], dtype=torch.float64 if not accelerator else torch.float32)
         worst = worst.to(here)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return float(worst)
@@ -114,12 +116,12 @@ def _measure(device: Device, here: torch.device, dtype: torch.dtype, processes: 
 
 
 def _products(
-    size: int, tensor: Callable[..., torch.Tensor], seconds: Callable[[Callable[[], Any]], float]
+    size: int, tensor: Callable[..., torch.Tensor], seconds: Seconds
 ) -> tuple[float, float]:  # fmt: skip
     """FLOP/s of many rows through a weight, forward and backward, and bytes/s of weights that few rows cost besides."""
     weight = tensor(4 * size, 2 * size)
     times = {}
-    for rows in (size // 4, 2 * size):
+    for rows in (size // 4, size):
         x, grad = tensor(rows, 2 * size), tensor(rows, 4 * size)
         times[rows] = (seconds(lambda x=x: F.linear(x, weight)) + seconds(lambda g=grad: g @ weight)) / 2  # type: ignore[misc]
     (few, little), (many, much) = times.items()
@@ -129,7 +131,7 @@ def _products(
     return rate, weight.numel() * weight.element_size() / rest if rest else math.inf
 
 
-def _operator_seconds(here: torch.device, seconds: Callable[[Callable[[], Any]], float]) -> float:
+def _operator_seconds(here: torch.device, seconds: Seconds) -> float:
     """Time of a small operator, in the forward and backward of a chain in which every second one is a view."""
     rounds = 100
     start = torch.ones(16, 16, device=here, requires_grad=True)
@@ -145,18 +147,27 @@ def _operator_seconds(here: torch.device, seconds: Callable[[Callable[[], Any]],
 
 
 def _links(
-    here: torch.device, dtype: torch.dtype, processes: int, seconds: Callable[[Callable[[], Any]], float], *, large: int
+    here: torch.device, dtype: torch.dtype, processes: int, seconds: Seconds, *, large: int
 ) -> tuple[Link, Link]:
     """Latency and bandwidth of all-reduces and gathers together, and those of reduce-scatter."""
+
+    side = 2048 if here.type != "cpu" else 256
+    x = torch.randn(side, side, device=here).to(dtype)
+
+    def between(job: Callable[[], Any] | None) -> float:
+        """As in a layer, where a collective also waits for the process that computes longest: median, not best."""
+        return seconds(lambda: (x @ x, job() if job else None), statistics.median)
+
+    alone = between(None)
 
     def link(job: Callable[[torch.Tensor, torch.Tensor], Any], rounds: int) -> Link:
         times = {}
         for elements in (processes, large):
             whole = torch.zeros(elements, device=here, dtype=dtype)
             part = torch.zeros(elements // processes, device=here, dtype=dtype)
-            times[elements] = seconds(lambda whole=whole, part=part: job(whole, part))  # type: ignore[misc]
+            times[elements] = between(lambda whole=whole, part=part: job(whole, part))  # type: ignore[misc]
         moved = rounds * large * torch.empty(0, dtype=dtype).element_size() * (processes - 1) / processes
-        latency = times[processes] / rounds / math.log2(processes)
+        latency = max(times[processes] - alone, 1e-6) / rounds / math.log2(processes)
         return Link(latency, moved / max(times[large] - times[processes], 1e-9))
 
     reduce = link(lambda whole, part: dist.all_reduce(whole), 2)

@@ -86,16 +86,17 @@ def check(
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param({}, id="r 8"),
+        pytest.param({}, id="r 8, 2 micro-batches"),
         pytest.param({"lora": {"r": 64, "dropout": 0.1}}, id="r 64, dropout"),
-        pytest.param({"train": {"global_batch_size": 4}}, id="4 micro-batches"),
         pytest.param({"train": {**FULL, "recompute_method": "uniform", "recompute_num_layers": 2}}, id="uniform"),
         pytest.param({"train": {**FULL, "recompute_method": "block", "recompute_num_layers": 3}}, id="block"),
         pytest.param(
             {"train": {"recompute_granularity": "selective"}, "lora": {"target_modules": ("linear_qkv",)}},
             id="selective",
         ),
-        pytest.param({"train": MIXED, "length": 32, "model": {"vocab_size": 15990}}, id="bf16"),
+        pytest.param(
+            {"train": MIXED, "length": 32, "model": {"vocab_size": 15990, "padded_vocab_size": 16000}}, id="bf16"
+        ),
     ],
 )
 def test_a_process_holds_what_was_estimated_before_it_allocated_anything(tmp_path: Path, case: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def tune(
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """At each layout a run that was not interrupted, `whole-LAYOUT`, and one that stopped early, `part-LAYOUT`."""
     folder = tmp_path_factory.mktemp("runs")
-    for layout in reversed(LAYOUTS):  # so that the processes of the last stay for the first tests
+    for layout in LAYOUTS:
         tune(base, folder / f"whole-{layout}", layout, save_interval=STOP)
         part = folder / f"part-{layout}"
         shutil.copytree(folder / f"whole-{layout}", part)
