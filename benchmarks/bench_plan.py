@@ -100,8 +100,8 @@ def predicted(parallel: dict[str, Any], train: dict[str, Any], processes: int, m
     from modellink_lora.config.model import ModelConfig
     from modellink_lora.models.families import family_of
     from modellink_lora.parallel.partition import Partition
-    from modellink_lora.training.cost import step_time
-    from modellink_lora.training.memory import Plan, rank_memory
+    from modellink_lora.planning.cost import step_time
+    from modellink_lora.planning.memory import Plan, rank_memory
 
     model = ModelConfig(**MODEL)  # type: ignore[arg-type]
     linears = adapted_linears(family_of("llama"), model, LoraConfig(r=RANK, target_modules=TARGETS))
@@ -120,7 +120,7 @@ def predicted(parallel: dict[str, Any], train: dict[str, Any], processes: int, m
 
 
 def main() -> None:
-    from modellink_lora.training.calibrate import calibrate
+    from modellink_lora.planning.calibrate import calibrate
     from tests.helpers.spawn import close_all, run
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +189,7 @@ def main() -> None:
 
 def _best(machines: list[Any]) -> Any:
     """The best of every rate, as of step times: what else runs on a machine only makes it slower. Links: the median."""
-    from modellink_lora.training.cost import Link
+    from modellink_lora.planning.cost import Link
 
     def link(name: str) -> Link | None:
         links = [getattr(machine, name) for machine in machines if getattr(machine, name)]

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = PlanConfig(**given[PlanConfig])
     lora = LoraConfig(**{"target_modules": _TARGETS, **given[LoraConfig]})
     # imported after the flags were checked: mistakes in them need not wait for torch
-    from modellink_lora.training.machines import chip_named
+    from modellink_lora.planning.machines import chip_named
 
     chip_named(config.chip)
     report(config, lora)
@@ -43,8 +43,8 @@ def report(config: PlanConfig, lora: LoraConfig) -> None:
 
     from modellink_lora.adapters.targets import adapted_linears, resolve_targets
     from modellink_lora.models.families import family_of
-    from modellink_lora.training.plan import Workload, launch_command, search
-    from modellink_lora.training.report import print_table
+    from modellink_lora.planning.plan import Workload, launch_command, search
+    from modellink_lora.reporting.report import print_table
 
     lora = dataclasses.replace(lora, target_modules=resolve_targets(lora.target_modules))
     model, load, before = open_model(config.model)
@@ -111,11 +111,11 @@ def open_model(name: str) -> tuple[Any, str, str]:
 
 def _machine(config: PlanConfig) -> tuple[Any, list[tuple[str, str]]]:
     """The machine, and what is to be said about where its numbers come from."""
-    from modellink_lora.training.machines import Assumed, calibrated, machine_of, save_calibration
+    from modellink_lora.planning.machines import Assumed, calibrated, machine_of, save_calibration
 
     path = Path(config.calibration or _CALIBRATION)
     if config.calibrate:
-        from modellink_lora.training.calibrate import calibrate
+        from modellink_lora.planning.calibrate import calibrate
 
         name = _DEVICE_OF.get(config.chip.lower(), "cuda")
         here = config.count if name == "cpu" else min(config.count, config.devices_per_host or 8)
@@ -154,7 +154,7 @@ def _processes(name: str) -> int:
 
 
 def _rows(candidates: Sequence[Any], work: Any, devices: int) -> list[tuple[str, ...]]:
-    from modellink_lora.training.plan import describe_recompute, step_flops
+    from modellink_lora.planning.plan import describe_recompute, step_flops
 
     rows: list[tuple[str, ...]] = []
     for number, c in enumerate(candidates, 1):

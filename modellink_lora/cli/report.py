@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="--save of the run")
     folder: Path = parser.parse_args(argv).folder
-    from modellink_lora.training.run_report import write_reports
+    from modellink_lora.reporting.run_report import write_reports
 
     print(f"report: {write_reports(folder)}")
     return 0

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layout.data_parallel_size(launch.world_size)
     minutes = train.distributed_timeout_minutes
     with joined(launch, device=train.device, timeout_minutes=minutes, deterministic=train.deterministic) as joint:
-        from modellink_lora.training.verify import verify
+        from modellink_lora.verification.verify import verify
 
         if launch.is_first:
             parser.report_accepted(print)

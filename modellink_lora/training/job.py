@@ -19,18 +19,18 @@ from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.device import Device
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import make_context
+from modellink_lora.planning.flops import lora_step_flops
+from modellink_lora.reporting.report import Reporter
+from modellink_lora.reporting.run_record import run_facts
+from modellink_lora.reporting.telemetry import Telemetry
+from modellink_lora.reporting.trackers import Wandb
 from modellink_lora.training.assembly import assemble, open_inputs
 from modellink_lora.training.data import RunData
-from modellink_lora.training.flops import lora_step_flops
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.keeper import Keeper
 from modellink_lora.training.loop import Loop
-from modellink_lora.training.report import Reporter
-from modellink_lora.training.run_record import run_facts
 from modellink_lora.training.state import Parts, Progress, resume, take_snapshot
 from modellink_lora.training.summary import ADAPTER_HEADER, memory_of, print_summary, summary_rows
-from modellink_lora.training.telemetry import Telemetry
-from modellink_lora.training.trackers import Wandb
 
 LIBRARIES = ("torch", "megatron-core", "transformers")
 

@@ -13,13 +13,13 @@ from modellink_lora.config.train import TrainConfig
 from modellink_lora.data.batches import Batch
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
+from modellink_lora.reporting.report import Reporter, log_line
+from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.training.data import RunData
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.optimizer import learning_rate, sync_parameters
-from modellink_lora.training.report import Reporter, log_line
 from modellink_lora.training.state import Progress
 from modellink_lora.training.step import StepResult, run_micro_batches, train_step, validation_loss
-from modellink_lora.training.telemetry import Telemetry
 
 
 @dataclass

@@ -16,7 +16,7 @@ from modellink_lora.data.batches import Batch
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.random import set_samples
-from modellink_lora.training.telemetry import Telemetry
+from modellink_lora.reporting.telemetry import Telemetry
 
 # What a loss function gives to megatron-core: a value to differentiate, the number that gradients are divided by once
 # all of the global batch is summed, and a report for us.

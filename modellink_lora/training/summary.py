@@ -10,10 +10,10 @@ from modellink_lora.config.train import TrainConfig
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
+from modellink_lora.planning.memory import Plan, rank_memory
+from modellink_lora.reporting.report import print_table
 from modellink_lora.training.base import Base
 from modellink_lora.training.data import RunData
-from modellink_lora.training.memory import Plan, rank_memory
-from modellink_lora.training.report import print_table
 
 ADAPTER_HEADER = ("module", "layers", "lora_A", "lora_B", "over tensor ranks", "parameters")
 

@@ -40,7 +40,7 @@ def measured_step(*, tp: int = 1, pp: int = 1, late: bool = False) -> dict[str, 
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.device import get_device
     from modellink_lora.parallel.context import make_context
-    from modellink_lora.training.telemetry import Telemetry
+    from modellink_lora.reporting.telemetry import Telemetry
 
     parallel = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     context = make_context(parallel, torch.device("cpu"))

@@ -43,7 +43,7 @@ def verify_here(
     from modellink_lora.config.train import TrainConfig
     from modellink_lora.config.verify import VerifyConfig
     from modellink_lora.device import get_device
-    from modellink_lora.training.verify import verify
+    from modellink_lora.verification.verify import verify
 
     planted = gate_and_up_cut_in_one() if mutant == "gate and up cut in one" else mutated(mutant)
     with planted, redirect_stdout(StringIO()) as output:

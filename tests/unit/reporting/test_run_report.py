@@ -14,11 +14,11 @@ from modellink_lora.cli.main import main
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.train import TrainConfig
-from modellink_lora.training.charts import MOST_POINTS, smoothed, thinned, ticks
-from modellink_lora.training.report import Reporter
-from modellink_lora.training.run_record import flags_of
-from modellink_lora.training.run_report import Report, read_metrics, write_reports
-from modellink_lora.training.time_split import PARTS, Window
+from modellink_lora.reporting.charts import MOST_POINTS, smoothed, thinned, ticks
+from modellink_lora.reporting.report import Reporter
+from modellink_lora.reporting.run_record import flags_of
+from modellink_lora.reporting.run_report import Report, read_metrics, write_reports
+from modellink_lora.reporting.time_split import PARTS, Window
 
 
 def facts(**changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from modellink_lora.adapters.targets import adapted_linears
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
-from modellink_lora.training.flops import lora_step_flops
+from modellink_lora.planning.flops import lora_step_flops
 
 CONFIG = ModelConfig(
     num_layers=3, hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=32, ffn_hidden_size=96,

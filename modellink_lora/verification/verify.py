@@ -25,12 +25,13 @@ from modellink_lora.data.encode import IGNORED
 from modellink_lora.device import Device
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import ParallelContext, make_context
-from modellink_lora.training import slope, verify_peft
+from modellink_lora.reporting.report import print_table
 from modellink_lora.training.assembly import Inputs, open_inputs
 from modellink_lora.training.base import open_base
-from modellink_lora.training.report import print_table
 from modellink_lora.training.summary import memory_of
-from modellink_lora.training.verify_run import Trace, run_layout, short, starting_factor, undecorated
+from modellink_lora.verification import peft as verify_peft
+from modellink_lora.verification import slope
+from modellink_lora.verification.run import Trace, run_layout, short, starting_factor, undecorated
 
 LENGTH = 128  # of a sample, where the user names none
 _FLOOR = 1e-2  # tensors smaller than this part of the largest are judged by that part

@@ -10,7 +10,7 @@ import torch
 
 from modellink_lora.device import get_device
 from modellink_lora.device.peaks import cuda_peak, npu_peak
-from modellink_lora.training.time_split import PARTS, ScheduleTimers, StepClock, Window
+from modellink_lora.reporting.time_split import PARTS, ScheduleTimers, StepClock, Window
 
 
 class Hands:

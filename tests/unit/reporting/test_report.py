@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.training import trackers
-from modellink_lora.training.report import Reporter, draw_losses, log_line
-from modellink_lora.training.trackers import Wandb
+from modellink_lora.reporting import trackers
+from modellink_lora.reporting.report import Reporter, draw_losses, log_line
+from modellink_lora.reporting.trackers import Wandb
 
 VALUES: dict[str, Any] = dict(
     iteration=7, train_iters=2000, consumed_samples=224, milliseconds=1234.56, tflops=98.76, learning_rate=1.25e-6,

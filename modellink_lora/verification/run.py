@@ -17,14 +17,14 @@ from modellink_lora.device import Device
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.random import normal
+from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.training.assembly import Assembly, Inputs, assemble
 from modellink_lora.training.data import BatchStream
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.optimizer import load_state_tensors, reduced_gradients, state_tensors, sync_parameters
-from modellink_lora.training.slope import Slope, measure_slope
 from modellink_lora.training.state import Parts, gather_full
 from modellink_lora.training.step import Totals, reduce_reports, run_micro_batches, train_step
-from modellink_lora.training.telemetry import Telemetry
+from modellink_lora.verification.slope import Slope, measure_slope
 
 
 @dataclass

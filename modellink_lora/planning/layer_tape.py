@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 
-from modellink_lora.training.tape import HASH, TARGETS, WIDTH, Footprint, Shapes, Tape
+from modellink_lora.planning.tape import HASH, TARGETS, WIDTH, Footprint, Shapes, Tape
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
-from modellink_lora.training.time_split import (
+from modellink_lora.reporting.time_split import (
     DATA_PARALLEL,
     PARTS,
     PIPELINE,

@@ -9,8 +9,8 @@ import pytest
 
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.parallel.partition import Partition
-from modellink_lora.training.cost import Link, Machine, Time, layer_passes, recomputed, step_time
-from modellink_lora.training.memory import Plan
+from modellink_lora.planning.cost import Link, Machine, Time, layer_passes, recomputed, step_time
+from modellink_lora.planning.memory import Plan
 
 MODEL = ModelConfig(
     num_layers=8, hidden_size=1024, num_attention_heads=16, num_query_groups=8, ffn_hidden_size=2816,

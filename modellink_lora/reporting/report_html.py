@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from modellink_lora.training.charts import line_chart, part_legend, stacked_bars, stacked_columns
-from modellink_lora.training.run_report import Report, Table
-from modellink_lora.training.time_split import PARTS
+from modellink_lora.reporting.charts import line_chart, part_legend, stacked_bars, stacked_columns
+from modellink_lora.reporting.run_report import Report, Table
+from modellink_lora.reporting.time_split import PARTS
 
 _LINES = ("#2f6fde", "#e0592a", "#1f9d6b", "#8b5cd6")
 # data, forward, backward, three kinds of communication, optimizer, other

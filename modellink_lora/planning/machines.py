@@ -1,6 +1,6 @@
 """Known devices as the planner sees them: makers' numbers, and how much of them is assumed to be reached.
 
-A calibration file replaces all of it with numbers measured on the machine itself (training/calibrate.py).
+A calibration file replaces all of it with numbers measured on the machine itself (planning/calibrate.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.plan import PlanConfig
-from modellink_lora.training.cost import Link, Machine
+from modellink_lora.planning.cost import Link, Machine
 
 _GIGA, _TERA = 1e9, 1e12
 

@@ -15,8 +15,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from modellink_lora.training.memory import Plan
-from modellink_lora.training.tape import TARGETS, WIDTH, Shapes
+from modellink_lora.planning.memory import Plan
+from modellink_lora.planning.tape import TARGETS, WIDTH, Shapes
 
 # Operators that PyTorch dispatches for one layer and micro-batch, views included, counted in megatron-core 0.16.1 with
 # all four adapters; for the loss; and for one adapter factor in AdamW with clipping.

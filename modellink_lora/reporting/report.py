@@ -15,10 +15,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.training.run_record import RunRecord
-from modellink_lora.training.run_report import METRICS, read_metrics, write_reports
-from modellink_lora.training.time_split import Window
-from modellink_lora.training.trackers import TensorBoard, Tracker, Wandb
+from modellink_lora.reporting.run_record import RunRecord
+from modellink_lora.reporting.run_report import METRICS, read_metrics, write_reports
+from modellink_lora.reporting.time_split import Window
+from modellink_lora.reporting.trackers import TensorBoard, Tracker, Wandb
 
 CURVE = "loss.png"
 PACKAGE = "modellink_lora"  # the logger above all of ours

@@ -18,10 +18,10 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.config.plan import PlanConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.models.presets import PRESETS, preset
-from modellink_lora.training.cost import Link, Machine, step_time
-from modellink_lora.training.machines import Assumed, calibrated, machine_of, save_calibration
-from modellink_lora.training.memory import rank_memory
-from modellink_lora.training.plan import Search, Workload, fit, launch_command, layouts, search, train_flags
+from modellink_lora.planning.cost import Link, Machine, step_time
+from modellink_lora.planning.machines import Assumed, calibrated, machine_of, save_calibration
+from modellink_lora.planning.memory import rank_memory
+from modellink_lora.planning.plan import Search, Workload, fit, launch_command, layouts, search, train_flags
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 

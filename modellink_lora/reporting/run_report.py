@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.training.run_record import RUNNING, read_record
-from modellink_lora.training.time_split import PARTS, mean_split
+from modellink_lora.reporting.run_record import RUNNING, read_record
+from modellink_lora.reporting.time_split import PARTS, mean_split
 
 METRICS, HTML, MARKDOWN = "metrics.jsonl", "report.html", "report.md"
 MOST_PROCESSES = 64  # rows of the table of processes; a larger job is summed up by pipeline stage
@@ -33,7 +33,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_reports(folder: Path) -> Path:
     """Write both reports into `folder`; returns the path of the html. Raises UserError when it holds no run."""
-    from modellink_lora.training.report_html import page
+    from modellink_lora.reporting.report_html import page
 
     report = Report.read(folder)
     for name, text in ((MARKDOWN, markdown(report)), (HTML, page(report))):

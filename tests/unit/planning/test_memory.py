@@ -14,7 +14,7 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.parallel.partition import Partition
-from modellink_lora.training.memory import Plan, frozen_elements, rank_memory, schedule
+from modellink_lora.planning.memory import Plan, frozen_elements, rank_memory, schedule
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 MODEL = ModelConfig(
@@ -159,5 +159,5 @@ def test_interleaving_holds_more_micro_batches_at_once() -> None:
 
 
 def test_the_estimate_needs_no_torch() -> None:
-    program = "import sys; import modellink_lora.training.memory; sys.exit('torch' in sys.modules)"
+    program = "import sys; import modellink_lora.planning.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

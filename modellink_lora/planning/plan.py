@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from modellink_lora.config.model import ModelConfig, pad_vocab
 from modellink_lora.parallel.partition import Partition
-from modellink_lora.training.cost import Machine, Time, step_time
-from modellink_lora.training.memory import Plan, rank_memory
+from modellink_lora.planning.cost import Machine, Time, step_time
+from modellink_lora.planning.memory import Plan, rank_memory
 
 if TYPE_CHECKING:
     from modellink_lora.adapters.targets import AdaptedLinear
@@ -199,7 +199,7 @@ def train_flags(candidate: Candidate, work: Workload, *, load: str, lora: Sequen
 
 def step_flops(work: Workload) -> float:
     """Floating point operations of a step that belong to LoRA by definition: no recomputation counts."""
-    from modellink_lora.training.flops import lora_step_flops
+    from modellink_lora.planning.flops import lora_step_flops
 
     trainable = sum(linear.parameters for linear in work.linears)
     return lora_step_flops(work.model, trainable, [work.seq_length]) * work.global_batch_size

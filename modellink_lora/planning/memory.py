@@ -1,7 +1,7 @@
 """Bytes that a rank will hold, known before anything is allocated. Pure arithmetic over configs.
 
 Static parts are counted tensor by tensor. The peak of the rest is found by walking the pipeline schedule of the rank's
-stage with what each layer keeps and needs on the way (training/layer_tape.py).
+stage with what each layer keeps and needs on the way (planning/layer_tape.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.parallel.partition import Partition
-from modellink_lora.training.layer_tape import layer
-from modellink_lora.training.tape import TARGETS, WIDTH, Footprint, Shapes, logits_bytes, loss
+from modellink_lora.planning.layer_tape import layer
+from modellink_lora.planning.tape import TARGETS, WIDTH, Footprint, Shapes, logits_bytes, loss
 
 if TYPE_CHECKING:
     from modellink_lora.adapters.targets import AdaptedLinear

@@ -23,7 +23,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.device import Device, get_device
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import start_processes
-from modellink_lora.training.cost import Link, Machine
+from modellink_lora.planning.cost import Link, Machine
 
 _REPEATS = 20
 Seconds = Callable[..., float]
