@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import Device, get_device
-from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import start_processes
 from modellink_lora.planning.cost import Link, Machine
 
@@ -60,6 +59,8 @@ def calibrate(device: str, dtype: str, processes: int, *, threads: int) -> tuple
 def _work(rank: int, processes: int, folder: str, name: str, dtype: str, threads: int, sender: Any) -> None:
     # about optional GPU libraries and coming renames; neither changes a rate
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    from modellink_lora.models.build import DTYPES  # imports megatron-core
+
     torch.set_num_threads(threads)
     device = get_device(name)
     here = device.activate(rank)
