@@ -102,6 +102,12 @@ class ModelConfig:
     def kv_width(self) -> int:
         return self.num_query_groups * self.kv_channels
 
+    def padded_for(self, tensor_model_parallel_size: int) -> int:
+        """Vocabulary rows on that many tensor ranks: these where they divide, else the next multiple."""
+        if self.padded_vocab_size % tensor_model_parallel_size == 0:
+            return self.padded_vocab_size
+        return pad_vocab(self.vocab_size, self.make_vocab_size_divisible_by * tensor_model_parallel_size)
+
     def with_flags(self, given: dict[str, Any], source: str) -> ModelConfig:
         """This config, read from `source`, under flags that the user typed.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modellink_lora.config.model import ModelConfig, pad_vocab
+from modellink_lora.config.model import ModelConfig
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.planning.cost import Machine, Time, step_time
 from modellink_lora.planning.memory import Plan, rank_memory
@@ -94,7 +94,7 @@ def layouts(work: Workload, machine: Machine, devices: int) -> Iterator[Plan]:
             continue  # a host's devices would belong to groups of other hosts
         if any(size % tp for size in (m.num_attention_heads, m.num_query_groups, m.ffn_hidden_size)):
             continue
-        model = dataclasses.replace(m, padded_vocab_size=_padded(m, tp))
+        model = dataclasses.replace(m, padded_vocab_size=m.padded_for(tp))
         for pp in _divisors(m.num_layers):
             if devices % (tp * pp):
                 continue
@@ -217,13 +217,6 @@ def describe_recompute(plan: Plan) -> str:
 
 def _recomputing(plan: Plan, method: str, layers: int) -> Plan:
     return dataclasses.replace(plan, recompute_granularity="full", recompute_method=method, recompute_num_layers=layers)
-
-
-def _padded(model: ModelConfig, tp: int) -> int:
-    """Vocabulary rows where `tp` divides them, else the next multiple: as the training job does."""
-    if model.padded_vocab_size % tp == 0:
-        return model.padded_vocab_size
-    return pad_vocab(model.vocab_size, model.make_vocab_size_divisible_by * tp)
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from modellink_lora.checkpoint.adapter import base_fingerprint
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.model import ModelConfig, pad_vocab
+from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.build import RandomWeights
 from modellink_lora.models.families import family_of
 from modellink_lora.models.family import Family
@@ -61,10 +61,8 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
 
 
 def _padded(config: ModelConfig, tp: int, given: Mapping[str, Any]) -> int:
-    """Vocabulary rows of this run: as stored or asked for where TP divides them, else the next multiple."""
-    if "padded_vocab_size" in given or config.padded_vocab_size % tp == 0:
-        return config.padded_vocab_size
-    return pad_vocab(config.vocab_size, config.make_vocab_size_divisible_by * tp)
+    """Vocabulary rows of this run: as asked for, else as stored if TP divides them, else the next multiple."""
+    return config.padded_vocab_size if "padded_vocab_size" in given else config.padded_for(tp)
 
 
 def _family_of_flags(given: Mapping[str, Any]) -> str:
