@@ -252,6 +252,7 @@ REMOVALS: dict[str, tuple[str, Any]] = {
     "another template": ("modellink_lora.training.data._check_origin", nothing),
     "labels of another set": ("modellink_lora.data.corpus._require_same_lengths", nothing),
     "nothing to train": (f"{GUARDS}.before_update", nothing),
+    "another base": ("modellink_lora.training.setup.check_base", lambda *_: []),
 }
 
 
@@ -264,6 +265,17 @@ def test_data_that_do_not_belong_to_the_run_are_refused(case: str, base: Path, t
     for guarded, unguarded in run(data_guards, world_size=2, arguments=call, case=case):
         assert expected in guarded
         assert expected not in unguarded
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    other = hf_to_megatron(tiny_model("llama", tmp_path / "hf", seed=1), tmp_path / "mg")
+    run(fine_tune_here, world_size=2, **arguments(base, TP2, save=str(tmp_path / "run"), train_iters=1))
+    prefix = str(base.parent / "data")
+    call = arguments(other, TP2, data=prefix, lora_load=str(tmp_path / "run"), finetune=True, train_iters=1)
+    call["lora"] = {}
+    for guarded, unguarded in run(data_guards, world_size=2, arguments=call, case="another base"):
+        assert "was trained on another base than --load" in guarded
+        assert not unguarded
 
 
 def corpus_of(prefix: Path, samples: list[int], *, silent: tuple[int, ...] = ()) -> str:
