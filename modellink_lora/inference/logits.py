@@ -42,6 +42,11 @@ def prompt_logits(
     Raises:
         UserError: prompts, checkpoint, adapter or layout do not fit.
     """
+    if parallel.num_layers_per_virtual_pipeline_stage:
+        raise UserError(
+            "--num-layers-per-virtual-pipeline-stage interleaves the stages of training and is of no use here: leave it "
+            "out; adapters load at any layout"
+        )
     prompts = read_prompts(Path(config.prompt_file))
     context = make_context(parallel, torch_device)
     base = open_base(config.load, {}, tp=context.tp_size, seed=_SEED, use_mcore_models=None)

@@ -52,7 +52,7 @@ def our_logits(root: str, parallel: dict[str, Any]) -> list[torch.Tensor]:
     seed_everything(1, context, device)
     base = open_base(root, {}, tp=context.tp_size, seed=1, use_mcore_models=None)
     setup = set_up(base, LoraConfig(), None, context, device, dtype="fp32", seed=1, overrides={})
-    return forward_logits(setup.model, IDS, context)
+    return forward_logits(setup.chunks[0], IDS, context)
 
 
 @pytest.fixture(scope="module")

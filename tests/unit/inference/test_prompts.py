@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.logits import LogitsConfig
+from modellink_lora.config.parallel import ParallelConfig
+from modellink_lora.device.cpu import CpuDevice
 from modellink_lora.inference.logits import read_prompts
 
 
@@ -55,3 +58,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_names_that_do_not_say_their_format_are_refused(prompt_file: str, output: str, flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         LogitsConfig(load="mg", prompt_file=prompt_file, output=output)
+
+
+def test_interleaved_stages_are_for_training() -> None:
+    from modellink_lora.inference.logits import prompt_logits
+
+    config = LogitsConfig(load="base", prompt_file="prompts.txt", output="out.safetensors", prompt_type="default")
+    layout = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    with pytest.raises(UserError, match="interleaves the stages of training"):
+        prompt_logits(config, layout, device=CpuDevice(), torch_device=torch.device("cpu"))
