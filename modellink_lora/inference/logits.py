@@ -44,8 +44,8 @@ def prompt_logits(
     """
     if parallel.num_layers_per_virtual_pipeline_stage:
         raise UserError(
-            "--num-layers-per-virtual-pipeline-stage interleaves the stages of training and is of no use here: leave it "
-            "out; adapters load at any layout"
+            "--num-layers-per-virtual-pipeline-stage interleaves the stages of training and is of no use here: leave "
+            "it out; adapters load at any layout"
         )
     prompts = read_prompts(Path(config.prompt_file))
     context = make_context(parallel, torch_device)
