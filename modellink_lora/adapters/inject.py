@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from modellink_lora.adapters.fused import FusedLoraLinear, Fusion, make_layer
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear
 from modellink_lora.models.build import GPT
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.parallel.random import kaiming_uniform
+
+# Reads the frozen embeddings through a frozen norm: the gradient of its input is of use to nobody.
+FIRST = "decoder.layers.0.self_attention.linear_qkv"
 
 
 def inject(
@@ -25,11 +29,13 @@ def inject(
     dtype: torch.dtype,
     dropout: float,
     read: Callable[[str], Tensor],
+    fusion: Fusion | None = None,
 ) -> dict[str, LoraLinear]:
     """Freeze `model`, a chunk of this stage, and wrap its share of `linears`: global module name -> its layer.
 
     Args:
         read: global name of a factor -> full tensor; `fresh` for a new adapter.
+        fusion: None for the plain path.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -46,13 +52,16 @@ def inject(
             part = layout.shard(full, context.tp_rank, context.tp_size)
             return part.to(device=context.device, dtype=dtype, copy=True).contiguous()
 
-        layer = LoraLinear(
+        layer = make_layer(
             getattr(parent, leaf),
+            fusion,
             lora_A=shard("lora_A"),
             lora_B=shard("lora_B"),
             scaling=linear.scaling,
             dropout=dropout,
         )
+        if isinstance(layer, FusedLoraLinear) and linear.name == FIRST:
+            layer.input_is_constant = True
         setattr(parent, leaf, layer)
         wrapped[linear.name] = layer
     return wrapped

@@ -64,9 +64,9 @@ class LoraLinear(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(lora_B)
         sharded, whole = (self.lora_B, self.lora_A) if self.is_column else (self.lora_A, self.lora_B)
         set_tensor_model_parallel_attributes(sharded, True, 0 if self.is_column else 1, 1)
-        # Under SP each rank's gradient of the replicated factor covers its own tokens: megatron-core sums those
-        # marked so over the TP group when it finalizes gradients.
-        whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        # Under SP each rank's gradient of the replicated factor covers its own tokens only: training/optimizer.py sums
+        # those marked so over the TP group, once for each global batch.
+        whole.partial_over_tensor_ranks = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """[s(/t), b, i] -> the base's (output, bias); the bias stays apart where the base leaves it apart."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
 
-_DEVICES = re.compile(r"(\d+)x(.+)", re.IGNORECASE)
+_DEVICES = re.compile(r"\s*(\d+)\s*x\s*(\S.*?)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

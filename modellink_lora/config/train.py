@@ -95,6 +95,23 @@ class TrainConfig:
     recompute_granularity: str | None = flag(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = flag(None, "which layers a full recompute takes", choices=("uniform", "block"))
     recompute_num_layers: int | None = flag(None, "layers per checkpoint (uniform) or checkpointed layers (block)")
+    lora_fusion: bool = flag(False, "CCLoRA: the adapter rides in the base's own collectives and matrix products")
+    lora_fusion_level: str = flag(
+        "auto", "L0 no wider buffers, L1 wider activations, L2 wider weights too; auto decides for each linear",
+        choices=("auto", "L0", "L1", "L2"),
+    )  # fmt: skip
+    lora_fusion_chunks: str = flag(
+        "auto", "chunks of tokens, of which one is sent while another is multiplied; auto measures at the start",
+        choices=("auto", "1", "2", "4"),
+    )  # fmt: skip
+    recompute_lora_inputs: bool = flag(
+        True, "with --lora-fusion: keep outputs of norms and SwiGLU instead of computing them again in backward",
+        name="no-recompute-lora-inputs", inverted=True,
+    )  # fmt: skip
+    use_mc2: bool = flag(False, "with --lora-fusion on Ascend: fused gather-matmul and matmul-reduce-scatter (MC2)")
+    use_symmetric_memory: bool = flag(
+        False, "with --lora-fusion on CUDA: the same through PyTorch's symmetric memory, within one host"
+    )
     check_weight_hash_across_dp_replicas_interval: int = flag(
         100, "steps between comparisons of the bits that several processes hold; 0 compares at saves only"
     )
@@ -148,8 +165,17 @@ class TrainConfig:
             )
         if (self.save_best or self.save_total_limit or self.async_save) and not self.save:
             raise UserError("--save-best, --save-total-limit and --async-save need --save: name a folder")
+        if self.save_best and not self.eval_iters:
+            raise UserError("--save-best needs validations, --eval-iters 0 asks for none: give at least 1")
         if self.clip_grad < 0 or self.weight_decay < 0:
             raise UserError("--clip-grad and --weight-decay must not be negative")
+        fusion = {"--lora-fusion-level": self.lora_fusion_level != "auto",
+                  "--lora-fusion-chunks": self.lora_fusion_chunks != "auto",
+                  "--no-recompute-lora-inputs": not self.recompute_lora_inputs,
+                  "--use-symmetric-memory": self.use_symmetric_memory}  # fmt: skip
+        if not self.lora_fusion and any(fusion.values()):
+            given = ", ".join(name for name, is_given in fusion.items() if is_given)
+            raise UserError(f"{given}: of the fused path only; give --lora-fusion as well, or leave it out")
         if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):
             raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:
@@ -159,6 +185,10 @@ class TrainConfig:
     def dtype(self) -> str:
         """Dtype of weights and activations: fp32 unless a flag says otherwise."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def fused_collectives(self, kind: str) -> bool:
+        """Whether products and collectives are asked for as one operator on devices of `kind`."""
+        return self.lora_fusion and {"npu": self.use_mc2, "cuda": self.use_symmetric_memory}.get(kind, False)
 
     def batch_size(self, data_parallel_size: int) -> int:
         """Samples of one step. Raises UserError when micro batch and replicas do not divide it."""

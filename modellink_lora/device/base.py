@@ -8,17 +8,24 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from modellink_lora.device.elementwise import RmsNorm, Swiglu
+from modellink_lora.device.lora_ops import LoraOps
 
 
 class Device(abc.ABC):
     """One kind of hardware. `activate` comes first; the rest works on the device it chose.
 
-    Letters: b batch, n query heads, g query groups, s sequence, d head dim.
+    Letters: b batch, n query heads, g query groups, s sequence, d head dim. In the products joined with a collective:
+    n tokens of one rank, t ranks, k and m inputs and outputs.
     """
 
     name: str  # "cpu", "cuda", "npu"
     backend: str  # torch.distributed backend
     widest_float = torch.float64  # that its collectives add up
+    lora_ops = LoraOps()  # the r-wide operations of a LoRA linear
+    fused_collectives: bool = False  # whether a job wants gather_matmul and matmul_scatter
 
     @classmethod
     @abc.abstractmethod
@@ -69,11 +76,29 @@ class Device(abc.ABC):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight over the last dimension, statistics in fp32, rounded to x's dtype before the weight.
 
-        The order of roundings is that of transformers' Llama.
+        The order of roundings is that of transformers' Llama. Keeps nothing but x and a number a row for backward.
         """
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * normed.to(x.dtype)
+        return RmsNorm.apply(x, weight, eps)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of x = [gate, up], [..., 2 f] -> [..., f]. Keeps nothing but x for backward."""
+        return Swiglu.apply(x)
+
+    def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:
+        """All-gather and product as one operator; None: not here, or outside its limits, on all ranks alike.
+
+        x [n, k] of this rank, weight [m, k] -> (P @ weight^T [t n, m], P [t n, k]), P the ranks' x one below the other.
+        No gradient flows through it: it is for use inside an autograd function.
+        """
+        return None
+
+    def matmul_scatter(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor | None:
+        """Product and reduce-scatter as one operator; None as in `gather_matmul`.
+
+        x [t n, k], weight [m, k], which may be transposed or strided -> rows [n, m] of this rank of the sum over ranks
+        of x @ weight^T.
+        """
+        return None
 
 
 def softmax_attention(

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from modellink_lora.config.errors import UserError
+from modellink_lora.device import symmetric_memory
 from modellink_lora.device.base import Device
+from modellink_lora.device.lora_ops import LoraOps
+from modellink_lora.device.lora_triton import TritonLoraOps
 from modellink_lora.device.peaks import cuda_peak
 
 
 class CudaDevice(Device):
+    """One NVIDIA GPU.
+
+    Attributes:
+        triton_lora: do LoRA's r-wide operations with Triton kernels. Off: they were never timed on a GPU, and library
+            matrix products are a safe choice. On, a GPU or tensor outside the kernels' limits still gets the library.
+    """
+
     name = "cuda"
     backend = "nccl"
+    triton_lora = False
 
     @classmethod
     def available(cls) -> bool:
@@ -57,6 +70,16 @@ class CudaDevice(Device):
         if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             return None  # TensorFloat-32 has another peak
         return cuda_peak(torch.cuda.get_device_name(), dtype)
+
+    @property
+    def lora_ops(self) -> LoraOps:  # type: ignore[override]
+        return TritonLoraOps() if self.triton_lora else Device.lora_ops
+
+    def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:
+        return symmetric_memory.gather_matmul(x, weight, group) if self.fused_collectives else None
+
+    def matmul_scatter(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor | None:
+        return symmetric_memory.matmul_scatter(x, weight, group) if self.fused_collectives else None
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL, torch {torch.__version__}"

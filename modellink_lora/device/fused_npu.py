@@ -1,18 +1,23 @@
 """Every call of torch_npu's fused operators, each behind the documented limits of the operator.
 
 A function here takes the plain implementation of the same thing as `reference`. When an argument is outside the limits
-it calls that instead and says so, once for each reason. Letters: b batch, n query heads, g query groups, s sequence,
-d head dim, h hidden.
+it calls that instead and says so, once for each reason; where the caller has the plain implementation, it returns None.
+Letters: b batch, n query heads, g query groups, s sequence, d head dim, h hidden; in products joined with a collective
+n tokens of one rank, t ranks, k and m inputs and outputs.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
+import weakref
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from modellink_lora.device.limits import failed, host, of_all_ranks, product_limits, report
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_HEADS = 256
@@ -20,13 +25,18 @@ _MOST_HEAD_DIM = 512
 _MOST_TOKENS = 2**20
 _LEFT_UP_CAUSAL = 2  # sparse_mode: query i sees keys 0..i, the triangle starts in the upper left corner
 _COMPRESSED = 2048  # side of the one mask that sparse modes 2 and 3 take for any sequence length
+# of MC2, the products joined with a collective
+_MC2_DTYPES = (torch.float16, torch.bfloat16)
+_MC2_RANKS = (2, 4, 8)
+_MC2_COLUMNS = range(256, 65535)
+_domains: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()  # HCCL's names of them
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, reference: Callable[..., Tensor]) -> Tensor:
     """x [..., h] / rms(x) * weight [h]."""
     reasons = rms_norm_limits(x, weight)
     if reasons:
-        _report("npu_rms_norm", reasons)
+        report("npu_rms_norm", reasons)
         return reference(x, weight, eps)
     import torch_npu
 
@@ -39,7 +49,7 @@ def attention(
     """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
     reasons = attention_limits(q, k, v)
     if reasons:
-        _report("npu_fusion_attention", reasons)
+        report("npu_fusion_attention", reasons)
         return reference(q, k, v, causal=causal, scale=scale)
     import torch_npu
 
@@ -48,9 +58,31 @@ def attention(
     return torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=scale, **masking)[0]
 
 
+def gather_matmul(x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:
+    """x [n, k], weight [m, k] -> (P @ weight^T [t n, m], P [t n, k]) with P the gathered x; None outside the limits."""
+    reasons = mc2_limits(x, weight, ranks=group.size(), scatter=False) or domain_limits(group)
+    if reasons:
+        report("npu_all_gather_base_mm", reasons)
+        return None
+    import torch_npu
+
+    return torch_npu.npu_all_gather_base_mm(x, weight.t(), _domain(group), group.size())
+
+
+def matmul_scatter(x: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor | None:
+    """x [t n, k], weight [m, k] -> rows [n, m] of the sum over ranks of x @ weight^T; None outside the limits."""
+    reasons = mc2_limits(x, weight, ranks=group.size(), scatter=True) or domain_limits(group)
+    if reasons:
+        report("npu_mm_reduce_scatter_base", reasons)
+        return None
+    import torch_npu
+
+    return torch_npu.npu_mm_reduce_scatter_base(x, weight.t(), _domain(group), group.size(), reduce_op="sum")
+
+
 def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     """What keeps npu_rms_norm from taking these arguments; empty if nothing."""
-    return _failed(
+    return failed(
         (x.device.type == "npu", f"input is on {x.device.type}"),
         (x.dtype in _DTYPES, f"dtype {x.dtype}"),
         (weight.dtype == x.dtype, f"weight is {weight.dtype}, input {x.dtype}"),
@@ -62,7 +94,7 @@ def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:
 def attention_limits(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     """What keeps npu_fusion_attention from taking these arguments; empty if nothing."""
     heads, groups, tokens = q.shape[1], k.shape[1], max(q.shape[2], k.shape[2])
-    return _failed(
+    return failed(
         (q.device.type == "npu", f"input is on {q.device.type}"),
         (q.dtype in _DTYPES, f"dtype {q.dtype}"),
         (q.dtype == k.dtype == v.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"),
@@ -76,8 +108,31 @@ def attention_limits(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
     )
 
 
-def _failed(*checks: tuple[bool, str]) -> tuple[str, ...]:
-    return tuple(reason for passed, reason in checks if not passed)
+def mc2_limits(x: Tensor, weight: Tensor, *, ranks: int, scatter: bool) -> tuple[str, ...]:
+    """What keeps MC2 from x [n, k] @ weight [m, k]^T with a gather before or a scatter after; empty if nothing."""
+    k = x.shape[-1]
+    return product_limits(x, weight, device_type="npu", dtypes=_MC2_DTYPES, parts=ranks if scatter else 1) + failed(
+        (k in _MC2_COLUMNS, f"k is {k}, outside [{_MC2_COLUMNS.start}, {_MC2_COLUMNS.stop})"),
+        (ranks in _MC2_RANKS, f"{ranks} ranks, not one of {', '.join(map(str, _MC2_RANKS))}"),
+        (weight.is_contiguous() or weight.mT.is_contiguous(), "weight is a part of wider rows"),
+        (x.device.type != "npu" or _since_atlas_a2(), "the chip is older than Atlas A2"),
+    )
+
+
+def domain_limits(group: ProcessGroup) -> tuple[str, ...]:
+    """What keeps MC2 from this group; empty if nothing. That its NPUs are linked each to each cannot be asked for."""
+    return failed(
+        (all(other is group for other in _domains), "a model's MC2 operators share one group, and another has them"),
+        (len(set(of_all_ranks(group, host))) == 1, "the group's ranks are on several hosts"),
+    )
+
+
+def _domain(group: ProcessGroup) -> str:
+    """HCCL's name of the group. Asking for it the first time sets the communicator up, on all ranks together."""
+    if group not in _domains:
+        backend = group._get_backend(torch.device("npu"))
+        _domains[group] = backend.get_hccl_comm_name(dist.get_rank())  # type: ignore[attr-defined]  # the global rank
+    return _domains[group]
 
 
 @functools.cache
@@ -90,9 +145,3 @@ def _since_atlas_a2() -> bool:
 def _compressed_mask(device: torch.device) -> Tensor:
     """[2048, 2048], True above the diagonal: what is True is hidden. 4 MiB, made once for a device."""
     return torch.ones(_COMPRESSED, _COMPRESSED, dtype=torch.bool, device=device).triu(1)
-
-
-@functools.cache
-def _report(operator: str, reasons: tuple[str, ...]) -> None:
-    """Once for each operator and reasons: a slower path must not be taken in silence."""
-    logging.getLogger(__name__).warning("%s is replaced by plain PyTorch: %s", operator, "; ".join(reasons))

@@ -9,6 +9,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import fused_npu, redirect
@@ -76,6 +77,12 @@ class NpuDevice(Device):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fused_npu.rms_norm(x, weight, eps, reference=super().rms_norm)
+
+    def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:
+        return fused_npu.gather_matmul(x, weight, group) if self.fused_collectives else None
+
+    def matmul_scatter(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor | None:
+        return fused_npu.matmul_scatter(x, weight, group) if self.fused_collectives else None
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         return npu_peak(_npu().get_device_name(), dtype)

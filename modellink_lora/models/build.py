@@ -92,6 +92,7 @@ def transformer_config(
         layernorm_epsilon=config.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # that is, the spec's own activation (models/spec.py): gate and product in one
         add_bias_linear=False,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink_lora.device.hashing import dropped, mix
+from modellink_lora.device.lora_ops import Mask
 from modellink_lora.parallel.partition import Partition
-from modellink_lora.parallel.random import current_samples, dropped, mix, row_keys, site_key
+from modellink_lora.parallel.random import current_samples, row_keys, site_key
 
 
 class Dropout(torch.nn.Module):
@@ -37,6 +39,22 @@ class Dropout(torch.nn.Module):
         s, _, f = x.shape
         rows = row_keys(self._site(), current_samples(), self._numbers(s, "positions", x.device))  # [s, b]
         return _Drop.apply(x, rows[..., None], self._numbers(f, "features", x.device), self.p)
+
+    def mask(self, x: Tensor, *, ranks: int = 1) -> Mask | None:
+        """What `forward` takes from x [s, b, f], or [s, f] of one sample, with the rows one after another.
+
+        Args:
+            ranks: x is this rank's part of the positions, and the mask of all ranks' parts together is asked for.
+        """
+        if not self.training or self.p == 0.0:
+            return None
+        s, f = x.shape[0], x.shape[-1]
+        positions = self._numbers(s, "positions", x.device)
+        if ranks > 1:
+            positions = torch.arange(s * ranks, device=x.device, dtype=torch.int32)
+        rows = row_keys(self._site(), current_samples(), positions)
+        assert rows.numel() == x.numel() // f * ranks, "one row key for each token"
+        return Mask(rows.flatten(), self._numbers(f, "features", x.device), self.p)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Attention weights [b, n, s, s]: heads are the features that ranks share out, keys the columns of a row."""

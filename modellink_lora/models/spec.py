@@ -22,6 +22,7 @@ from torch import Tensor
 from modellink_lora.device import Device
 from modellink_lora.device.base import softmax_attention
 from modellink_lora.models.dropout import Dropout, ResidualAdd
+from modellink_lora.models.recompute import remember
 
 
 class RMSNorm(torch.nn.Module):
@@ -35,7 +36,22 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        return remember(self.normed(x), self.normed, x)
+
+    def normed(self, x: Tensor) -> Tensor:
         return self.device.rms_norm(x, self.weight, self.eps)
+
+
+class Swiglu(torch.nn.Module):
+    """silu(gate) * up, in place of megatron-core's, which keeps silu(gate) and a copy of up as well."""
+
+    def __init__(self, config: TransformerConfig, *, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, 2 f] -> [s, b, f]"""
+        return remember(self.device.swiglu(x), self.device.swiglu, x)
 
 
 class CausalAttention(torch.nn.Module):
@@ -88,7 +104,11 @@ def block_spec(config: TransformerConfig, device: Device, layers: int, tp_rank: 
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    activation_func=ModuleSpec(module=Swiglu, params={"device": device}),
+                    linear_fc2=RowParallelLinear,
+                ),
             ),
             mlp_bda=residual,
         ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.device import Device
+from modellink_lora.device.hashing import mix
 from modellink_lora.parallel.context import ParallelContext
 
 _SAMPLES = "samples of the micro-batch"
@@ -43,33 +44,11 @@ def site_key(seed: int, name: str) -> int:
     return int.from_bytes(digest[:4], "little", signed=True)
 
 
-def mix(x: Tensor) -> Tensor:
-    """int32 -> int32, a bijection that turns counters into noise (the finalizer of MurmurHash3, public domain).
-
-    int32 throughout: products wrap alike on every device, and `>>` keeps the sign, so its copies are masked away.
-    """
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * -2048144789  # 0x85EBCA6B
-    x ^= (x >> 13) & 0x7FFFF
-    x *= -1028477387  # 0xC2B2AE35
-    x ^= (x >> 16) & 0xFFFF
-    return x
-
-
 def row_keys(site: int, samples: Tensor, positions: Tensor) -> Tensor:
     """int32 keys [s, b] of the tokens at `positions` [s] of `samples` [b] (int64), at one site."""
     low, high = samples.to(torch.int32), (samples >> 32).to(torch.int32)
     per_sample = mix(mix(low ^ site) + high)  # [b]
     return mix(per_sample + mix(positions.to(torch.int32)[:, None]))
-
-
-def dropped(rows: Tensor, columns: Tensor, probability: float) -> Tensor:
-    """Which elements dropout takes: bool, of the shape that row keys and column numbers (int32) broadcast to.
-
-    An element goes when its hash, uniform over the int32 range, lies in the lowest part of size `probability`.
-    """
-    threshold = int(probability * 2**32) - 2**31
-    return mix(rows ^ mix(columns)) < threshold
 
 
 def set_samples(samples: Tensor) -> None:

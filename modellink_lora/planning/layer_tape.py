@@ -1,16 +1,18 @@
 """What one decoder layer allocates and frees, operator by operator, for one micro-batch. Pure arithmetic.
 
-The lists follow the operators of our layer (models/spec.py, adapters/lora.py) and what autograd keeps of them. They
-were read off an allocation tracker on CPU over gloo, torch 2.13 and megatron-core 0.16.1, and tests/distributed/
-test_memory.py holds them to it. Other devices differ where a kernel is fused: an Ascend NPU's RMSNorm needs none of the
-fp32 pieces, NCCL's reduce-scatter no copy of its input; there the peaks inside a layer are a little lower.
+The lists follow the operators of our layer (models/spec.py, adapters/lora.py, or fused_tape.py for the fused path)
+and what autograd keeps of them. They were read off an allocation tracker on CPU over gloo, torch 2.13 and megatron-core
+0.16.1, and tests/distributed/test_memory.py holds them to it. Other devices differ where a kernel is fused: an Ascend
+NPU's RMSNorm makes none of the fp32 pieces, NCCL's reduce-scatter no copy of its input; there the peaks inside a layer
+are a little lower.
 """
 
 from __future__ import annotations
 
 import functools
 
-from modellink_lora.planning.tape import HASH, TARGETS, WIDTH, Footprint, Shapes, Tape
+from modellink_lora.planning.fused_tape import FusedLinear
+from modellink_lora.planning.tape import TARGETS, WIDTH, Footprint, Shapes, Tape, norm_backward, norm_forward
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,7 +58,7 @@ class _Layer:
 
     def forward(self) -> None:
         tape, d = self.tape, self.d
-        self._norm("norm1", d.local_tokens * d.hidden, self.grad_in)
+        self._norm("norm1", d.local_tokens * d.hidden, d.local_tokens, self.grad_in)
         self._linear("linear_qkv", self.qkv, d.hidden, column=True)
         self._attention()
         self._linear("linear_proj", d.residual, self.q // (d.tokens * d.width), column=False)
@@ -67,45 +69,56 @@ class _Layer:
         if d.attention_dropout:
             tape.drop("rotated k", "linear_qkv")
         self._residual("x1", "linear_proj")
-        if not (self.grad_in and d.width == 4):  # an fp32 norm keeps its input itself
+        if not self.grad_in:  # a norm keeps its input
             tape.drop("x")
         if not self._keeps_input("linear_qkv"):
             tape.drop("norm1")
-        self._norm("norm2", d.local_tokens * d.hidden, self.flows["linear_proj"])
+        self._norm("norm2", d.local_tokens * d.hidden, d.local_tokens, self.flows["linear_proj"])
         self._linear("linear_fc1", 2 * self.f, d.hidden, column=True)
-        tape.add("silu", self.f)
-        tape.add("up", self.f)  # megatron-core adds an offset of 0 to the linear half: a copy
-        tape.add("product", self.f)
-        flows = self.flows["linear_fc1"]
+        tape.add("product", self.f)  # silu(gate) at first
+        if not self.flows["linear_fc1"]:
+            tape.drop("linear_fc1")
         self._linear("linear_fc2", d.residual, d.ffn, column=False)
         self._residual("y", "linear_fc2")
-        if not flows:
-            tape.drop("linear_fc1", "silu", "up")
         if not self._keeps_input("linear_fc1"):
             tape.drop("norm2")
         if not self._keeps_input("linear_fc2"):
             tape.drop("product")
-        if not (self.flows["linear_proj"] and d.width == 4):
+        if not self.flows["linear_proj"]:
             tape.drop("x1")
 
     def _keeps_input(self, name: str) -> bool:
-        """A frozen linear keeps no input; its adapter keeps the input itself, or else the copy that it works on."""
-        return bool(self.ranks[name]) and not self.d.lora_dropout and self.d.adapter_dtype == self.d.dtype
+        """A frozen linear keeps no input; its adapter keeps the input itself, or else the copy that it works on.
 
-    def _norm(self, name: str, elements: int, flows: bool) -> None:
-        """RMSNorm in fp32 pieces: kept are the fp32 input and one number a row."""
-        tape, d = self.tape, self.d
-        size = elements * d.width
-        tape.add(f"{name} wide", d.wide(elements))
-        tape.spike(4 * elements)  # squares
-        tape.spike(4 * elements, size * (1 if d.width == 4 else 2))  # normed, rounded, times the weight
-        tape.add(name, size)
+        A fused adapter works on no copy, and keeps nothing that can be computed again.
+        """
+        if not self.ranks[name]:
+            return False
+        if self.d.fusion:
+            return not self._computes_again(name)
+        return not self.d.lora_dropout and self.d.adapter_dtype == self.d.dtype
+
+    def _computes_again(self, name: str) -> bool:
+        """The input of a fused adapter is that of a norm or gate which keeps what it is made from (models/spec.py)."""
+        made = {"linear_qkv": "norm1", "linear_fc1": "linear_proj", "linear_fc2": "linear_fc1"}  # flows into norm, gate
+        recomputes = self.d.fusion is not None and self.d.fusion.recompute_inputs
+        return recomputes and name in made and self.flows[made[name]]
+
+    def _fused(self, name: str, inputs: int, *, column: bool) -> FusedLinear:
+        outputs = {"linear_qkv": self.qkv, "linear_fc1": 2 * self.f}.get(name, 0) // (self.d.tokens * self.d.width)
+        return FusedLinear(self.d, name, self.ranks[name], column, inputs, outputs or self.d.hidden)
+
+    def _norm(self, name: str, elements: int, rows: int, flows: bool) -> None:
+        norm_forward(self.tape, name, self.d, elements, rows)
         if not flows:
-            tape.drop(f"{name} wide")
+            self.tape.drop(f"{name} inverse")
 
     def _linear(self, name: str, out: int, inputs: int, *, column: bool) -> None:
         """A frozen linear and its adapter: `out` bytes of result, `inputs` features on this rank."""
         tape, d, rank = self.tape, self.d, self.ranks[name]
+        if rank and d.fusion:
+            self._fused(name, inputs, column=column).forward(tape)
+            return
         if d.sequence_parallel and column:
             tape.spike(self.whole, out)  # gathered input
         if d.sequence_parallel and not column:
@@ -118,7 +131,7 @@ class _Layer:
         tokens = d.local_tokens if column else d.tokens
         elements = tokens * inputs
         if d.lora_dropout:
-            tape.spike(HASH * elements)
+            tape.spike(d.hash * elements)
             tape.spike((1 + d.width) * elements)
             tape.add(f"{name} dropped", d.width * elements)
         if wide != d.width:
@@ -157,8 +170,9 @@ class _Layer:
             tape.drop("rotary", "rotated q", "rotated k", "linear_qkv")
 
     def _head_norm(self, name: str, size: int, flows: bool) -> None:
-        self._norm(name, size // self.d.width, flows)
-        if flows and self.d.width == 4 and name == "query norm":
+        elements = size // self.d.width
+        self._norm(name, elements, elements // self.d.head_dim, flows)
+        if flows and name == "query norm":
             self.tape.add("query kept", 0 if self.d.heads == self.d.groups else size)
             self.tape.drop("query")
 
@@ -168,13 +182,13 @@ class _Layer:
         square = d.batch * d.heads * d.length**2
         tape.add("repeated", 2 * self.q)  # keys and values, a copy for each head
         tape.spike((d.width if d.width < 4 else 0) * square + 3 * 4 * square)
-        tape.spike((4 + 4 + HASH) * square)
+        tape.spike((4 + 4 + d.hash) * square)
         tape.add("weights", (4 + d.width) * square + d.length**2)
 
     def _residual(self, name: str, branch: str) -> None:
         tape, d = self.tape, self.d
         if d.hidden_dropout:
-            tape.spike(HASH * d.local_tokens * d.hidden)
+            tape.spike(d.hash * d.local_tokens * d.hidden)
             tape.spike(2 * d.residual + d.local_tokens * d.hidden)
         tape.add(name, d.residual)
         tape.drop(branch)
@@ -187,13 +201,9 @@ class _Layer:
         if not grad:
             self._free_all()
             return
-        tape.add("d up", self.f)
-        tape.add("d silu", self.f)
-        tape.drop(grad, "up", "silu")
-        tape.add("d gate", self.f)
-        tape.drop("d silu", "linear_fc1")
         tape.add("d linear_fc1", 2 * self.f)
-        tape.drop("d up", "d gate")
+        tape.spike(self.f)  # silu(gate); gradient times up
+        tape.drop(grad, "linear_fc1")
         grad = self._linear_backward(
             "linear_fc1", "norm2", d.residual, d.hidden, self.flows["linear_proj"], column=True
         )
@@ -221,18 +231,23 @@ class _Layer:
     ) -> str:  # fmt: skip
         """Frees what the adapter kept; returns the name of the input's gradient, empty where none is needed."""
         tape, d, rank = self.tape, self.d, self.ranks[name]
+        kept_elsewhere = given == "attention" and not d.attention_dropout  # by fused attention
+        if rank and d.fusion:
+            linear = self._fused(name, inputs, column=column)
+            linear.backward(tape, f"d {given}", again=self._computes_again(name), flows=flows)
+            if not kept_elsewhere:
+                tape.drop(given)
+            return f"d {given}" if flows else ""
         tokens = d.local_tokens if column else d.tokens
         elements = tokens * inputs
         if rank:
             if flows:
                 tape.add("d delta", size)
                 if d.lora_dropout:
-                    tape.spike(HASH * elements)
+                    tape.spike(d.hash * elements)
                     tape.spike((1 + d.width) * elements)
             tape.drop(f"{name} low", f"{name} dropped", f"{name} cast")
-            if self._keeps_input(name) and (
-                given != "attention" or d.attention_dropout
-            ):  # fused attention keeps it too
+            if self._keeps_input(name) and not kept_elsewhere:
                 tape.drop(given)
         if not flows:
             tape.drop(f"d {name}")
@@ -259,11 +274,9 @@ class _Layer:
     def _norm_backward(self, name: str, grad: str, residual: str) -> None:
         tape, d = self.tape, self.d
         elements = d.local_tokens * d.hidden
-        tape.drop(grad)
-        # of the fp32 input: through the product, and through the root: quotient, power, factor, product
-        tape.spike(5 * 4 * elements)
-        tape.drop(f"{name} wide", residual)
-        tape.spike(2 * d.residual, d.wide(elements))  # branch plus residual
+        norm_backward(tape, elements)
+        tape.drop(grad, f"{name} inverse", residual)
+        tape.spike(2 * d.residual)  # branch plus residual
 
     def _attention_backward(self, grad: str) -> None:
         tape, d = self.tape, self.d
@@ -273,7 +286,7 @@ class _Layer:
                 self._explicit_attention()
         if d.attention_dropout:
             square = d.batch * d.heads * d.length**2
-            tape.spike((d.width + 4 + 4 + HASH) * square)
+            tape.spike((d.width + 4 + 4 + d.hash) * square)
             tape.spike((d.width + 3 * 4) * square)
         tape.add("d q", self.q)
         tape.add("d kv", 2 * self.k)
@@ -281,7 +294,9 @@ class _Layer:
             grad, "rotated q", "rotated k", "linear_qkv", "attention", "log sum", "recomputed", "weights", "repeated"
         )
         tape.spike(5 * self.q // 2)
-        tape.drop("rotary", "query kept", "query norm wide", "key norm wide")
+        if d.qk_norm:
+            norm_backward(tape, self.q // d.width)
+        tape.drop("rotary", "query kept", "query norm inverse", "key norm inverse")
         tape.spike(self.qkv)
         tape.drop("d q", "d kv")
         tape.add("d linear_qkv", self.qkv)

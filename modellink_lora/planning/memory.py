@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.parallel.partition import Partition
+from modellink_lora.planning.fused_tape import border, level_of
 from modellink_lora.planning.layer_tape import layer
-from modellink_lora.planning.tape import TARGETS, WIDTH, Footprint, Shapes, logits_bytes, loss
+from modellink_lora.planning.tape import TARGETS, WIDTH, Footprint, Fusion, Shapes, logits_bytes, loss
 
 if TYPE_CHECKING:
     from modellink_lora.adapters.targets import AdaptedLinear
@@ -43,18 +44,26 @@ class Plan:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     distributed_optimizer: bool = False
+    lora_fusion: bool = False
+    lora_fusion_level: str = "auto"
+    lora_fusion_chunks: int | None = None  # None: chosen for each shape
+    recompute_lora_inputs: bool = True  # says nothing without lora_fusion
+    fused_collectives: bool = False  # likewise; --use-mc2 or --use-symmetric-memory takes effect
+    cpu: bool = True  # the device
 
     def shapes(self, tp_rank: int = 0) -> Shapes:
         """The dimensions that layers of a rank see."""
         m, t = self.model, self.tp
         rows = m.padded_vocab_size // t
+        again = self.recompute_lora_inputs and self.recompute_method != "uniform"  # which runs all layers again anyway
+        fusion = Fusion(again, self.lora_fusion_chunks, self.lora_fusion_level, self.fused_collectives)
         return Shapes(
             batch=self.micro_batch_size, length=self.length, hidden=m.hidden_size,
             heads=m.num_attention_heads // t, groups=m.num_query_groups // t, head_dim=m.kv_channels,
             ffn=m.ffn_hidden_size // t, vocab=rows, padded_vocab=(tp_rank + 1) * rows > m.vocab_size,
             qk_norm=m.qk_layernorm, ranks=t, sequence_parallel=self.sequence_parallel and t > 1, dtype=self.dtype,
             adapter_dtype=self.adapter_dtype, lora_dropout=self.lora_dropout, hidden_dropout=m.hidden_dropout,
-            attention_dropout=m.attention_dropout,
+            attention_dropout=m.attention_dropout, fusion=fusion if self.lora_fusion else None, cpu=self.cpu,
         )  # fmt: skip
 
 
@@ -76,7 +85,7 @@ def rank_memory(
     share = plan.dp if plan.distributed_optimizer else 1
     masters = 0 if plan.adapter_dtype == "fp32" else 4  # an fp32 adapter is its own master
     parts = {
-        "frozen weights": frozen_elements(plan, stage) * width,
+        "frozen weights": (frozen_elements(plan, stage) + _border_elements(plan, linears, stage)) * width,
         "adapters": (buffer if plan.distributed_optimizer else elements) * WIDTH[plan.adapter_dtype],
         "gradients": buffer * 4,  # main_grad: fp32 whatever the adapter's dtype
         "masters and moments": -(-elements // share) * (masters + 8),
@@ -84,7 +93,8 @@ def rank_memory(
     activations, logits = _peak(plan, linears, stage, plan.tp - 1 if tp_rank is None else tp_rank)
     parts["activations"] = activations
     parts["logits and loss"] = logits
-    parts["optimizer step"] = max(0, _step(plan, trained, buffer) - activations - logits)
+    step = _step(plan, trained, buffer, _shared(plan, linears, stage))
+    parts["optimizer step"] = max(0, step - activations - logits)
     return {**parts, "total": sum(parts.values())}
 
 
@@ -108,16 +118,32 @@ def frozen_elements(plan: Plan, stage: int) -> int:
 
 def _trained(plan: Plan, linears: Sequence[AdaptedLinear], stage: int) -> list[int]:
     """Elements of every adapter factor on a rank of `stage`: the factor on the cut side is cut (adapters/lora.py)."""
-    held = {index for chunk in range(plan.partition.chunks) for index in plan.partition.layers(stage, chunk)}
     sizes = []
-    for linear in linears:
-        layer_index, target = _place(linear.name)
-        if layer_index not in held:
-            continue
-        column = target in ("linear_qkv", "linear_fc1")
+    for linear, column in _of_stage(plan, linears, stage):
         sizes.append(linear.r * linear.in_features // (1 if column else plan.tp))
         sizes.append(linear.r * linear.out_features // (plan.tp if column else 1))
     return sizes
+
+
+def _border_elements(plan: Plan, linears: Sequence[AdaptedLinear], stage: int) -> int:
+    """Room beside the weights of fused linears at level L2."""
+    shapes = plan.shapes()
+    if shapes.fusion is None:
+        return 0
+    return sum(
+        border(linear.r) * (linear.out_features if column else linear.in_features) // plan.tp
+        for linear, column in _of_stage(plan, linears, stage)
+        if level_of(shapes, column=column) == "L2"
+    )
+
+
+def _of_stage(plan: Plan, linears: Sequence[AdaptedLinear], stage: int) -> Iterator[tuple[AdaptedLinear, bool]]:
+    """Adapted linears that a stage holds, and whether each is a column linear."""
+    held = {index for chunk in range(plan.partition.chunks) for index in plan.partition.layers(stage, chunk)}
+    for linear in linears:
+        layer_index, target = _place(linear.name)
+        if layer_index in held:
+            yield linear, target in ("linear_qkv", "linear_fc1")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -135,11 +161,20 @@ def _buffer_elements(plan: Plan, trained: Sequence[int]) -> int:
     return -(-padded // _BUCKET_PADDING) * _BUCKET_PADDING
 
 
-def _step(plan: Plan, trained: Sequence[int], buffer: int) -> int:
+def _shared(plan: Plan, linears: Sequence[AdaptedLinear], stage: int) -> int:
+    """Elements of factors of whose gradients each tensor rank has a share (training/optimizer.py)."""
+    if plan.tp == 1 or not (plan.lora_fusion or plan.sequence_parallel):
+        return 0
+    whole = (linear.r * (linear.in_features if column else linear.out_features)
+             for linear, column in _of_stage(plan, linears, stage))  # fmt: skip
+    return sum(whole)
+
+
+def _step(plan: Plan, trained: Sequence[int], buffer: int, shared: int) -> int:
     """The most that reducing gradients and updating weights allocate, when all activations are gone."""
     update = 3 * 4 * max(trained, default=0)  # AdamW's root and quotient, parameter by parameter
     copied = plan.distributed_optimizer and plan.dp > 1  # by gloo's reduce-scatter, as in layer_tape.py
-    return max(update, 4 * buffer if copied else 0)
+    return max(update, 4 * buffer if copied else 0, 4 * shared)  # shares are summed as one flat tensor
 
 
 def _peak(plan: Plan, linears: Sequence[AdaptedLinear], stage: int, tp_rank: int) -> tuple[int, int]:

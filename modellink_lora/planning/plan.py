@@ -115,7 +115,7 @@ def layouts(work: Workload, machine: Machine, devices: int) -> Iterator[Plan]:
                             tp=tp, dp=dp, sequence_parallel=sp, micro_batch_size=mbs,
                             length=-(-work.seq_length // tp) * tp if sp else work.seq_length,
                             micro_batches=per_replica // mbs, dtype=work.dtype, adapter_dtype=work.adapter_dtype,
-                            lora_dropout=work.lora_dropout,
+                            lora_dropout=work.lora_dropout, lora_fusion=True, cpu=not machine.queued,
                         )  # fmt: skip
 
 
@@ -188,6 +188,7 @@ def train_flags(candidate: Candidate, work: Workload, *, load: str, lora: Sequen
     if candidate.chunks > 1:
         words += ["--num-layers-per-virtual-pipeline-stage", str(len(plan.partition.layers(0)))]
     words += ["--use-distributed-optimizer"] if plan.distributed_optimizer else []
+    words += ["--lora-fusion"] if plan.lora_fusion else []
     if plan.recompute_granularity:
         words += ["--recompute-granularity", plan.recompute_granularity]
     if plan.recompute_method:

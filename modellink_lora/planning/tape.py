@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-HASH = 12  # bytes an element that drawing a dropout mask holds at once: three int32 (parallel/random.py)
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,16 @@ class Footprint:
     kept: int
     forward: int
     backward: int
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How fused LoRA linears run (--lora-fusion)."""
+
+    recompute_inputs: bool = True
+    chunks: int | None = None  # None: chosen for each shape
+    level: str = "auto"
+    fused_collectives: bool = False  # --use-mc2, --use-symmetric-memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,13 @@ class Shapes:
     lora_dropout: float
     hidden_dropout: float
     attention_dropout: float
+    fusion: Fusion | None = None  # None: the plain path
+    cpu: bool = True
+
+    @property
+    def hash(self) -> int:
+        """Bytes an element that drawing a dropout mask holds at once: three int32, but on a CPU (device/hashing.py)."""
+        return 0 if self.cpu else 12
 
     @property
     def tokens(self) -> int:
@@ -100,12 +116,7 @@ def loss(shapes: Shapes) -> Footprint:
     elements = shapes.local_tokens * shapes.hidden
     logits = shapes.tokens * shapes.vocab * shapes.width
     tape.add("x", shapes.residual)
-    tape.add("wide", shapes.wide(elements))
-    tape.spike(4 * elements)
-    tape.spike(4 * elements, 2 * shapes.residual)
-    tape.add("norm", shapes.residual)  # held by a variable until the loss is there
-    if shapes.width < 4:
-        tape.drop("x")
+    norm_forward(tape, "norm", shapes, elements, shapes.local_tokens)  # held by a variable until the loss is there
     if shapes.sequence_parallel:
         tape.spike(shapes.tokens * shapes.hidden * shapes.width, logits)
     tape.add("logits", logits)
@@ -126,8 +137,23 @@ def loss(shapes: Shapes) -> Footprint:
         tape.spike(logits)
     tape.spike(shapes.tokens * shapes.hidden * shapes.width)
     tape.drop("logits", "padding hidden", "d logits")
-    tape.spike(5 * 4 * elements)
+    tape.add("d norm", shapes.residual)
+    norm_backward(tape, elements)
     return Footprint(0, forward, tape.peak)
+
+
+def norm_forward(tape: Tape, name: str, shapes: Shapes, elements: int, rows: int) -> None:
+    """RMSNorm (device/elementwise.py): of its pieces it keeps one fp32 number a row, and the caller its input."""
+    size, wide = elements * shapes.width, shapes.wide(elements)
+    tape.spike(wide, 4 * elements)  # squares
+    tape.spike(wide, 4 * elements, size)  # normed; rounded, or times the weight
+    tape.add(f"{name} inverse", 4 * rows)
+    tape.add(name, size)
+
+
+def norm_backward(tape: Tape, elements: int) -> None:
+    """normed, gradient times weight, their product; the result takes the place of one of them."""
+    tape.spike(3 * 4 * elements)
 
 
 def logits_bytes(shapes: Shapes) -> int:

@@ -25,10 +25,10 @@ PACKAGE = "modellink_lora"  # the logger above all of ours
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """One table on standard output, plain on a pipe. The last column is right-aligned when there is a header."""
+    """One table on standard output, plain on a pipe. Under a header, a last column that begins as a number is right-aligned."""
     table = Table(title=title, show_header=bool(header), title_justify="left")
     for index in range(len(rows[0])):
-        last = bool(header) and index == len(rows[0]) - 1
+        last = bool(header) and index == len(rows[0]) - 1 and rows[0][-1].lstrip()[:1].isdigit()
         table.add_column(header[index] if header else "", justify="right" if last else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

@@ -28,6 +28,7 @@ def run_facts(
     configs: Sequence[Any],
     summary: Sequence[tuple[str, str]],
     adapters: tuple[Sequence[str], Sequence[Sequence[str]]],
+    fusion: tuple[Sequence[str], Sequence[Sequence[str]]],
     notes: Sequence[str],
     memory: Mapping[str, int],
     device: Any,
@@ -39,6 +40,7 @@ def run_facts(
         configs: config dataclasses of the run, whose fields are shown with their flags.
         summary: (what, text) rows, as printed at the start.
         adapters: header and rows of the table of trainable parameters.
+        fusion: header and rows of the levels at which fused linears run; no rows without --lora-fusion.
         memory: estimated bytes on this rank by what they hold.
     """
     import psutil
@@ -56,6 +58,7 @@ def run_facts(
         "versions": versions(),
         "summary": [list(row) for row in summary],
         "adapters": {"header": list(adapters[0]), "rows": [list(row) for row in adapters[1]]},
+        "fusion": {"header": list(fusion[0]), "rows": [list(row) for row in fusion[1]]},
         "flags": [flags_of(config) for config in configs],
         "memory": dict(memory),
         "notes": list(notes),

@@ -136,10 +136,11 @@ class Report:
     def tables(self) -> list[Table]:
         """Everything that is told in tables, in the order of the report."""
         record = self.record
-        adapters = record.get("adapters") or {"header": (), "rows": ()}
+        adapters, fusion = (record.get(key) or {"header": (), "rows": ()} for key in ("adapters", "fusion"))
         found = [
             Table("Run", ("", ""), record.get("summary", [])),
             Table("Trainable parameters", adapters["header"], adapters["rows"]),
+            Table("CCLoRA", fusion["header"], fusion["rows"]),
             self._split_table(),
             self._memory_table(),
             self._estimate_table(),

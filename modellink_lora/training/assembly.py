@@ -8,9 +8,11 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 
+from modellink_lora.adapters.fused import Fusion
 from modellink_lora.adapters.targets import AdaptedLinear, adapted_linears
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.errors import UserError
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
@@ -18,6 +20,7 @@ from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.parallel.random import seed_everything
 from modellink_lora.training.base import Base, open_base
+from modellink_lora.training.chunking import Measured, chunks_of
 from modellink_lora.training.data import RunData, open_data
 from modellink_lora.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from modellink_lora.training.setup import Setup, choose_lora, partition_of, set_up
@@ -66,6 +69,11 @@ def open_inputs(
         train.load, model_flags, tp=context.tp_size, seed=train.seed, use_mcore_models=train.use_mcore_models
     )
     lora, adapter = choose_lora(lora_flags, train.lora_load, base)
+    if train.dtype == "fp32" and lora.dtype not in (None, "fp32"):
+        raise UserError(
+            f"--lora-dtype {lora.dtype} with an fp32 base: megatron-core's fp32 optimizer takes fp32 parameters only; "
+            "leave it out, or give --bf16 or --fp16"
+        )
     tokenizer = data.tokenizer_name_or_path or (str(base.tokenizer_folder) if base.tokenizer_folder else None)
     run_data = open_data(data, train, base.config, context, tokenizer=tokenizer)
     partition = partition_of(context.config, base.config.num_layers)
@@ -77,12 +85,48 @@ def assemble(inputs: Inputs, train: TrainConfig, context: ParallelContext, devic
     seed_everything(train.seed, context, device)
     setup = set_up(
         inputs.base, inputs.lora, inputs.adapter, context, device, dtype=train.dtype, seed=train.seed,
-        overrides=_overrides(train, inputs.data, context),
+        overrides=_overrides(train, inputs.data, context), fusion=_fusion(train, inputs.data, context, device),
     )  # fmt: skip
     chunks = wrap_data_parallel(train, setup.chunks)
     optimizer = make_optimizer(train, chunks)
     scheduler = make_scheduler(train, optimizer, inputs.data.batch_size)
     return Assembly(setup, chunks, Parts(setup.layers, inputs.linears, optimizer, scheduler, context))
+
+
+def longest(train: TrainConfig, data: RunData, context: ParallelContext) -> int:
+    """Tokens of this rank in the longest micro-batch, as a linear sees them that is cut over tokens."""
+    tokens = train.micro_batch_size * data.padded_length
+    return tokens // context.tp_size if context.sequence_parallel else tokens
+
+
+def _fusion(train: TrainConfig, data: RunData, context: ParallelContext, device: Device) -> Fusion | None:
+    if not train.lora_fusion:
+        return None
+    device.fused_collectives = train.fused_collectives(device.name)
+    chunks = chunks_of(train.lora_fusion_chunks, train.deterministic)
+    measured = Measured(context, device, longest(train, data, context)) if chunks == "auto" else None
+    return Fusion(
+        device,
+        level=train.lora_fusion_level,
+        chunks=measured or (lambda base: lambda rows: int(chunks)),
+        # all layers are recomputed anyway, from their inputs
+        recompute_inputs=train.recompute_lora_inputs and train.recompute_method != "uniform",
+    )
+
+
+def fusion_notes(train: TrainConfig, device: Device) -> list[str]:
+    """What of the fused path's flags comes to nothing here."""
+    notes = []
+    for flag, given, home in (("--use-mc2", train.use_mc2, "npu"),
+                              ("--use-symmetric-memory", train.use_symmetric_memory, "cuda")):  # fmt: skip
+        if given and not (train.lora_fusion and device.name == home):
+            needs = "" if train.lora_fusion else " and --lora-fusion"
+            notes.append(f"{flag} has no effect here: it needs a device of kind {home}{needs}")
+    if train.lora_fusion and train.recompute_method == "uniform":
+        notes.append("inputs of adapters are not recomputed one by one: --recompute-method uniform recomputes all")
+    if train.lora_fusion and train.deterministic and train.lora_fusion_chunks == "auto":
+        notes.append("--lora-fusion-chunks auto is 1 with --use-deter-comp: a measured choice may differ between runs")
+    return notes
 
 
 def _overrides(train: TrainConfig, data: RunData, context: ParallelContext) -> dict[str, Any]:

@@ -180,9 +180,13 @@ def open_data(
     if data.padded_length != config.seq_length:
         notes.append(f"--seq-length {config.seq_length} padded to {data.padded_length} for sequence parallelism")
     if train.eval_iters and not data.validation_batches("valid"):
-        notes.append(
-            f"no validation: --split {config.split} holds {len(splits['valid'])} samples, fewer than one batch"
-        )
+        found = f"--split {config.split} holds {len(splits['valid'])} validation samples of {len(corpus)}"
+        if train.save_best:
+            raise UserError(
+                f"--save-best needs validations, but {found}, fewer than one batch of {batch_size}: raise the split's "
+                "second number, lower --global-batch-size, or leave --save-best out"
+            )
+        notes.append(f"no validation: {found}, fewer than one batch of {batch_size}")
     return data
 
 

@@ -20,7 +20,7 @@ from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.training.step import Totals
 
-FIRST_STEPS = 3  # in which every adapter must have received a gradient
+FIRST_STEPS = 3  # with finite gradients, in which every adapter must have received one
 
 
 class Guards:
@@ -71,7 +71,7 @@ class Guards:
                 "changed and nothing was saved. Look at the samples of this step or lower --lr; "
                 "--no-check-for-nan-in-loss-and-grad goes on regardless"
             )
-        if self._steps < FIRST_STEPS:
+        if self._steps < FIRST_STEPS and not totals.alarm:  # inf and nan come out of a gradient of 0 as well: 0 x inf
             self._steps += 1
             self._note_gradients()
             if self._steps == FIRST_STEPS:
@@ -94,9 +94,10 @@ class Guards:
         dist.all_reduce(self._gradients, op=dist.ReduceOp.MAX)
         silent = [x.name for x, seen in zip(self._linears, self._gradients.tolist(), strict=True) if seen == 0]
         if silent:
+            steps = f"{self._steps} steps" + (" without overflow" if self._overflow_is_normal else "")
             raise UserError(
                 f"{len(silent)} of {len(self._linears)} adapters received no gradient at all in the first "
-                f"{self._steps} steps (first: {silent[0]}): the loss does not depend on them, and training would leave "
+                f"{steps} (first: {silent[0]}): the loss does not depend on them, and training would leave "
                 "them as they are. With --fp16 gradients may underflow: raise --initial-loss-scale or use --bf16. "
                 "Otherwise this is an error of the program: please report it with the command"
             )
@@ -110,8 +111,10 @@ class Guards:
         context = self._context
         named = {name: p for name, p in self._named_parameters() if p.requires_grad != frozen}
         whole = {name: p for name, p in named.items() if type(self._layouts.get(name)) is Replicated}
-        found = _difference(named, context.dp_group, "data-parallel replicas")
-        found = found or _difference(whole, context.tp_group, "tensor-parallel ranks")
+        # both on every process, whatever the first finds: each is a collective of its group
+        of_replicas = _difference(named, context.dp_group, "data-parallel replicas")
+        of_tensor_ranks = _difference(whole, context.tp_group, "tensor-parallel ranks")
+        found = of_replicas or of_tensor_ranks
         differs = torch.tensor(int(found is not None), device=context.device)
         dist.all_reduce(differs)  # what one group sees the others must learn: nobody goes on alone
         if differs:
@@ -153,13 +156,15 @@ class Guards:
         return first[2] if first else "every layer's output is finite, so it begins in the loss itself"
 
     def _last_bad_gradient(self) -> str:
-        """Gradients spoil from the last layer backwards: the bad one nearest to the loss."""
+        """Gradients spoil from the last layer backwards: the adapter's bad one nearest to the loss, if one is bad."""
         last = torch.tensor(-1, device=self._context.device)
         for number, linear in enumerate(self._linears):
             layer = self._layers.get(linear.name)
             if layer and not all(p.main_grad.isfinite().all() for p in (layer.lora_A, layer.lora_B)):
                 last.fill_(number)
         dist.all_reduce(last, op=dist.ReduceOp.MAX)
+        if last < 0:
+            return "a gradient is not finite, and it is none of the adapters': where it lies is not known"
         return f"a gradient is not finite, nearest to the loss at {self._linears[int(last)].name}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from modellink_lora import __version__
+from modellink_lora.adapters.fused import FUSION_HEADER
 from modellink_lora.adapters.targets import trainable_table
 from modellink_lora.checkpoint.adapter import AdapterMeta
 from modellink_lora.checkpoint.store import TRACKER, read_tracker
@@ -24,13 +25,13 @@ from modellink_lora.reporting.report import Reporter
 from modellink_lora.reporting.run_record import run_facts
 from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.reporting.trackers import Wandb
-from modellink_lora.training.assembly import assemble, open_inputs
+from modellink_lora.training.assembly import assemble, fusion_notes, longest, open_inputs
 from modellink_lora.training.data import RunData
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.keeper import Keeper
 from modellink_lora.training.loop import Loop
 from modellink_lora.training.state import Parts, Progress, resume, take_snapshot
-from modellink_lora.training.summary import ADAPTER_HEADER, memory_of, print_summary, summary_rows
+from modellink_lora.training.summary import ADAPTER_HEADER, fusion_of_all, memory_of, print_summary, summary_rows
 
 LIBRARIES = ("torch", "megatron-core", "transformers")
 
@@ -66,17 +67,22 @@ def fine_tune(
     )  # fmt: skip
     assembly = assemble(inputs, train, context, device)
     setup, chunks, parts = assembly.setup, assembly.chunks, assembly.parts
-    notes = [*run_data.notes, *setup.notes, *(adapter.notes if adapter else ())]
+    notes = [*run_data.notes, *setup.notes, *(adapter.notes if adapter else ()), *fusion_notes(train, device)]
     if not train.load:
         notes.insert(0, "warning: no --load was given, so the base model has RANDOM weights and learns nothing useful")
+    fusion: list[tuple[str, ...]] = []
+    if train.lora_fusion:
+        fusion, fallen = fusion_of_all(setup.layers, longest(train, run_data, context), context)
+        notes += fallen
     if context.is_main:
-        print_summary(rows, linears, base, notes)
+        print_summary(rows, linears, base, notes, fusion)
 
     progress, told = _start(train, adapter, parts, run_data)
     root = Path(train.save) if train.save else None
     facts = run_facts(
         configs=[train, data, lora, parallel, base.config], summary=rows, notes=notes, memory=memory[context.pp_rank],
-        adapters=(ADAPTER_HEADER, trainable_table(linears, base.config)), device=device, context=context,
+        adapters=(ADAPTER_HEADER, trainable_table(linears, base.config)), fusion=(FUSION_HEADER, fusion),
+        device=device, context=context,
     )  # fmt: skip
     wandb = Wandb(train.wandb_project, train.wandb_exp_name, train.wandb_save_dir) if train.wandb_project else None
     reporter = Reporter(

@@ -35,7 +35,6 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._best: int | None = _read_best(root)
-        self.saved: int | None = None  # iteration of the last save
 
     def save(self, iteration: int, snapshot: Snapshot | None, *, is_best: bool) -> None:
         """Write a checkpoint.
@@ -46,7 +45,6 @@ class Keeper:
             UserError: on every process, when this save or an earlier one in the background failed.
         """
         self.finish()
-        self.saved = iteration
         if snapshot is not None:
             self._say(f"saving checkpoint at iteration {iteration} to {self._root}")
             self._thread = threading.Thread(target=self._write, args=(iteration, snapshot, is_best), name="save")

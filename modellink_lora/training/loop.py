@@ -50,6 +50,9 @@ class Loop:
     def run(self) -> None:
         """All steps that are left. Ends early when some process is asked to stop; saves what is not saved yet."""
         progress, train = self.progress, self.train
+        if progress.iteration >= train.train_iters:
+            self._nothing_left()
+            return
         if progress.iteration == 0:  # what the base, or the adapter started from, scores
             self.validate("valid")
         self.guards.check_replicas(progress.iteration, frozen=True)
@@ -94,6 +97,19 @@ class Loop:
         elif exits:
             self.reporter.say(f"--exit-interval: stopping after iteration {progress.iteration}")
 
+    def _nothing_left(self) -> None:
+        """A resumed run that stands at its end, or beyond: nothing is trained or saved."""
+        iteration, wanted = self.progress.iteration, self.train.train_iters
+        self.reporter.say(
+            f"nothing left to do: the resumed run stands at iteration {iteration}, --train-iters says {wanted}; raise "
+            f"--train-iters above {iteration} to go on, or give --finetune to start again from this adapter's weights"
+        )
+        # the run may have been killed before its test; beyond --train-iters it would be the test of another run
+        if iteration == wanted:
+            self.guards.check_replicas(iteration, frozen=True)
+            self.guards.check_replicas(iteration)
+            self.validate("test")
+
     def step(self, batches: list[Batch]) -> StepResult:
         """One optimizer step over this replica's share of a global batch."""
         train, progress = self.train, self.progress
@@ -113,7 +129,8 @@ class Loop:
         progress.consumed_samples += self.data.batch_size
         progress.skipped += result.skipped
         progress.updates += not result.skipped
-        progress.not_finite += not math.isfinite(result.totals.loss) or result.totals.alarm
+        # an overflow of fp16 is counted as skipped: it is how the loss scale is found
+        progress.not_finite += not math.isfinite(result.totals.loss) or (result.totals.alarm and not result.skipped)
         if not result.skipped:
             self.scheduler.step(self.data.batch_size)
         self._count_empty(result)

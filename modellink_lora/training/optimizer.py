@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -73,9 +74,30 @@ def make_optimizer(config: TrainConfig, chunks: Sequence[DistributedDataParallel
         overlap_param_gather=config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(settings, list(chunks))
-    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    chunks[0].config.finalize_model_grads_func = finalize_gradients
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def finalize_gradients(chunks: Sequence[DistributedDataParallel], *args: Any, **kwargs: Any) -> None:
+    """megatron-core's reduction over replicas, then the sum over tensor ranks of what each has a share of.
+
+    Those are the gradients of the factors that all tensor ranks hold, in one flat collective for each global batch.
+    Under the distributed optimizer only a replica's slice of the sum is right, which is the slice that it updates.
+    """
+    finalize_model_grads(chunks, *args, **kwargs)
+    shares = [
+        parameter.main_grad
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if parameter.requires_grad and getattr(parameter, "partial_over_tensor_ranks", False)
+    ]
+    group = parallel_state.get_tensor_model_parallel_group()
+    if shares and group.size() > 1:
+        flat = torch.cat([share.flatten() for share in shares])
+        dist.all_reduce(flat, group=group)
+        for share, summed in zip(shares, flat.split([share.numel() for share in shares]), strict=True):
+            share.copy_(summed.view_as(share))
 
 
 def make_scheduler(config: TrainConfig, optimizer: Any, batch_size: int) -> OptimizerParamScheduler:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from modellink_lora.adapters.fused import Fusion
 from modellink_lora.adapters.inject import fresh, inject
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear, adapted_linears, resolve_targets
@@ -87,9 +88,13 @@ def set_up(
     dtype: str,
     seed: int,
     overrides: Mapping[str, Any],
+    fusion: Fusion | None = None,
 ) -> Setup:
     """Build, fill, freeze and adapt this rank's part of the model.
 
+    Args:
+        overrides: fields of megatron-core's TransformerConfig.
+        fusion: of the adapters; None for the plain path.
     Raises:
         UserError: the layout does not fit the model, the adapter belongs to another base, the device lacks the dtype.
     """
@@ -118,6 +123,7 @@ def set_up(
             dtype=DTYPES[lora.dtype or dtype],
             dropout=lora.dropout,
             read=adapter.read if adapter else fresh(linears, seed),
+            fusion=fusion,
         )
         name_sites(model, seed, partition, context.pp_rank, chunk)
         if overrides.get("recompute_granularity") == "full":

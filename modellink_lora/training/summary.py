@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch.distributed as dist
+
+from modellink_lora.adapters.fused import FUSION_HEADER, FUSION_TITLE, fusion_rows
+from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear, trainable_table
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.train import TrainConfig
@@ -30,6 +36,10 @@ def memory_of(
         adapter_dtype=lora.dtype or train.dtype, lora_dropout=lora.dropout,
         recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers, distributed_optimizer=train.use_distributed_optimizer,
+        lora_fusion=train.lora_fusion, lora_fusion_level=train.lora_fusion_level,
+        lora_fusion_chunks=None if train.lora_fusion_chunks == "auto" else int(train.lora_fusion_chunks),
+        recompute_lora_inputs=train.recompute_lora_inputs, cpu=context.device.type == "cpu",
+        fused_collectives=train.fused_collectives(context.device.type),
     )  # fmt: skip
     return [rank_memory(plan, linears, stage=stage) for stage in range(context.pp_size)]
 
@@ -68,17 +78,39 @@ def summary_rows(
 
 
 def print_summary(
-    rows: Sequence[tuple[str, str]], linears: Sequence[AdaptedLinear], base: Base, notes: Sequence[str]
+    rows: Sequence[tuple[str, str]],
+    linears: Sequence[AdaptedLinear],
+    base: Base,
+    notes: Sequence[str],
+    fusion: Sequence[Sequence[str]] = (),
 ) -> None:
-    """The table of the run, the table of adapters, ModelLink's line of trainable parameters, notes."""
+    """The table of the run, the table of adapters, ModelLink's line of trainable parameters, notes.
+
+    Args:
+        fusion: rows of `fusion_of_all`.
+    """
     print_table("run", rows)
     print_table(
         "trainable parameters (all tensor and pipeline ranks together)",
         trainable_table(linears, base.config),
         ADAPTER_HEADER,
     )
+    if fusion:
+        print_table(FUSION_TITLE, fusion, FUSION_HEADER)
     trainable = sum(linear.parameters for linear in linears)
     total = trainable + base.config.parameter_count()
     print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
     for note in notes:
         print(note if note.startswith("warning") else f"note: {note}", flush=True)
+
+
+def fusion_of_all(
+    layers: Mapping[str, LoraLinear], rows: int, context: ParallelContext
+) -> tuple[list[tuple[str, ...]], list[str]]:  # fmt: skip
+    """Rows under FUSION_HEADER over all stages, alike ones counted, and the lines. All processes call it together."""
+    speaks = context.tp_rank == 0 and context.dp_rank == 0  # one process for each stage
+    everyone: list[Any] = [None] * context.world_size
+    dist.all_gather_object(everyone, fusion_rows(layers, rows) if speaks else ([], []))
+    counts = Counter(row for fused, _ in everyone for row in fused)
+    table = [(module, str(count), *rest) for (module, *rest), count in counts.items()]
+    return table, [line for _, fallen in everyone for line in fallen]

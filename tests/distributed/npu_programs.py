@@ -5,6 +5,7 @@ A program is started by torchrun in every process and says so by failing when so
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -220,6 +221,67 @@ def product() -> None:
     assert calls["npu::npu_fusion_attention"] == 4, calls
 
 
+def joined_products() -> None:
+    """The NPU device's products with a collective inside, against plain PyTorch; what lies outside their limits."""
+    from modellink_lora.device import get_device
+    from tests.npu_sim.simulator import calls
+
+    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    device, lines = get_device("npu"), kept_lines("modellink_lora.device")
+    device.activate(rank)
+
+    def parts(*shape: int) -> list[Tensor]:
+        """One matrix a rank, of -1, 0 and 1: their products of some hundred terms are exact in bf16."""
+        generator = torch.Generator().manual_seed(shape[0])
+        return [torch.randint(-1, 2, shape, generator=generator).bfloat16() for _ in range(size)]
+
+    x, full, weight = parts(3, 256), parts(3 * size, 256), parts(5, 256)
+    ours = [each[rank].npu() for each in (x, full, weight)]
+    assert device.gather_matmul(ours[0], ours[2], group) is None and not lines, "a job has not asked for them"
+    device.fused_collectives = True
+    gathered = torch.cat(x)
+    summed = torch.stack([(a.float() @ w.float().T) for a, w in zip(full, weight, strict=True)]).sum(0)
+    for w in (ours[2], ours[2].t().contiguous().t()):
+        product, p = device.gather_matmul(ours[0], w, group)
+        same(p, gathered)
+        same(product, (gathered.float() @ weight[rank].float().T).bfloat16())
+        same(device.matmul_scatter(ours[1], w, group), summed.chunk(size)[rank].bfloat16())
+    assert calls["npu::npu_all_gather_base_mm"] == calls["npu::npu_mm_reduce_scatter_base"] == 2, calls
+    assert not lines, lines
+
+    wider = torch.cat([ours[2], ours[2]], 1)[:, :256]
+    outside = {
+        "k is 64, outside [256, 65535)": [a[:, :64].contiguous() for a in ours],
+        "dtype torch.float32": [a.float() for a in ours],
+        "weight is torch.float16, x torch.bfloat16": [*ours[:2], ours[2].half()],
+        "weight is a part of wider rows": [*ours[:2], wider],
+        "x is a strided view": [*(torch.cat([a, a], 1)[:, :256] for a in ours[:2]), ours[2]],
+        "x has 256 columns, weight 512": [*ours[:2], torch.cat([ours[2], ours[2]], 1)],
+        "it has no derivative": [*ours[:2], ours[2].clone().requires_grad_()],
+    }
+    for reason, (a, b, w) in outside.items():
+        for _ in range(2):
+            assert device.gather_matmul(a, w, group) is None and device.matmul_scatter(b, w, group) is None, reason
+        expected = [f"{name} is replaced by plain PyTorch: {reason}" for name in
+                    ("npu_all_gather_base_mm", "npu_mm_reduce_scatter_base")]  # fmt: skip
+        assert lines == expected, f"{lines} instead of {expected}"
+        lines.clear()
+    assert device.matmul_scatter(full[rank][:-1].npu(), ours[2], group) is None
+    assert "the rows of x do not divide by 2" in lines.pop()
+    assert device.gather_matmul(ours[0], ours[2], dist.new_group()) is None
+    assert "a model's MC2 operators share one group" in lines.pop()
+    assert calls["npu::npu_all_gather_base_mm"] == calls["npu::npu_mm_reduce_scatter_base"] == 2, calls
+
+
+def kept_lines(name: str) -> list[str]:
+    """What the logger `name` and those below it say from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    return lines
+
+
 def same(on_device: Tensor, expected: Tensor) -> None:
     assert on_device.device.type == "npu", on_device.device
     assert torch.equal(on_device.cpu(), expected), f"{on_device.cpu()[:5]} instead of {expected[:5]}"
@@ -250,6 +312,7 @@ PROGRAMS = {
         fused_operators,
         random_numbers,
         product,
+        joined_products,
     )
 }
 

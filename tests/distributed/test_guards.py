@@ -29,6 +29,7 @@ from tests.helpers.training import (
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FP16 = {"fp16": True, "initial_loss_scale": 2.0**10}
 GUARDS = "modellink_lora.training.guards.Guards"
 
 
@@ -82,6 +83,12 @@ def drift(loop: Any) -> None:
             parameter(loop, "layers.1.mlp.linear_fc1.lora_A").view(-1)[3] += 1e-6
 
 
+def drift_of_a_shard(loop: Any) -> None:
+    with torch.no_grad():
+        if torch.distributed.get_rank() == 1:  # only this tensor rank's replicas differ
+            parameter(loop, "layers.1.mlp.linear_fc1.lora_B").view(-1)[3] += 1e-6
+
+
 def flipped_bit(loop: Any) -> None:
     with torch.no_grad():
         if torch.distributed.get_rank() == 1:
@@ -105,6 +112,18 @@ def bad_weight(loop: Any) -> None:
 def bad_gradient(loop: Any) -> None:
     if (factor := parameter(loop, "layers.0.mlp.linear_fc1.lora_B")) is not None:
         factor.register_hook(lambda gradient: gradient * float("inf"))
+
+
+def silent_after_an_overflow(loop: Any) -> None:
+    """One adapter's gradient is not finite in this step, and 0 in all later ones."""
+    overflowing = loop.progress.iteration
+    for factor in ("lora_A", "lora_B"):
+        if (weight := parameter(loop, f"layers.0.mlp.linear_fc1.{factor}")) is not None:
+            weight.register_hook(
+                lambda gradient: (
+                    (gradient + 1) * float("inf") if loop.progress.iteration == overflowing else gradient * 0
+                )
+            )
 
 
 def before(target: str, replacement: Callable[..., Any]) -> Callable[[], Any]:
@@ -195,6 +214,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any, str, Any]] = {
         "a gradient is not finite, nearest to the loss at decoder.layers.0.mlp.linear_fc1",
         before(f"{GUARDS}.before_update", nothing),
     ),
+    "a gradient that is not finite and of no adapter": (
+        {}, {}, before("modellink_lora.training.step.gradients_finite", lambda chunks: False),
+        "a gradient is not finite, and it is none of the adapters': where it lies is not known",
+        before(f"{GUARDS}.before_update", nothing),
+    ),
+    "an adapter whose only gradients are an overflow's": (
+        {}, FP16, in_step(silent_after_an_overflow, step=1),
+        "1 of 8 adapters received no gradient at all in the first 3 steps without overflow (first: decoder.layers.0",
+        before(f"{GUARDS}._require_gradients", nothing),
+    ),
 }  # fmt: skip
 
 
@@ -214,6 +243,34 @@ def test_the_guard_stops_its_fault_and_only_the_guard_does(case: str, base: Path
     for guarded, unguarded in run(both, world_size=2, arguments=arguments(base, parallel, **settings), case=case):
         assert expected in guarded
         assert expected not in unguarded
+
+
+def error_of_fault(arguments: dict[str, Any], fault: Callable[[Any], None]) -> str:
+    """What the run says to a fault before its second step."""
+    with in_step(fault)():
+        return error_of(**arguments)
+
+
+def test_replicas_of_one_tensor_rank_that_differ_end_every_process(base: Path) -> None:
+    call = arguments(base, TP2, train_iters=3, check_weight_hash_across_dp_replicas_interval=1)
+    said = run(error_of_fault, world_size=4, arguments=call, fault=drift_of_a_shard)
+    assert len(said) == 4 and len(set(said)) == 1
+    expected = "iteration 2: decoder.layers.1.mlp.linear_fc1.lora_B is not the same on all data-parallel replicas: rank"
+    assert said[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault", "skipped", "not_finite"),
+    [(FP16, silent_after_an_overflow, 1, 0), ({"check_nan": False}, bad_gradient, 0, 2)],
+    ids=["fp16 overflow", "bad gradient"],
+)
+def test_an_overflow_is_counted_as_skipped_and_only_other_bad_gradients_as_not_finite(
+    settings: dict[str, Any], fault: Any, skipped: int, not_finite: int, base: Path, tmp_path: Path
+) -> None:
+    call = arguments(base, {}, train_iters=3, save=str(tmp_path), **settings)
+    assert run(error_of_fault, world_size=2, arguments=call, fault=fault) == [""] * 2
+    training = json.loads((tmp_path / "iter_0000003/training.json").read_text())
+    assert (training["skipped"], training["not_finite"]) == (skipped, not_finite)
 
 
 def data_guards(arguments: dict[str, Any], case: str) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""Column and row LoRA layers against unsharded fp64 autograd: output and gradients of X, A and B."""
+"""Column and row LoRA layers against unsharded fp64 autograd: output, gradients of X, A, B; plain and every level."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,61 +11,119 @@ from torch import Tensor
 
 from tests.helpers.spawn import run
 
-S, B, IN, OUT, R, SCALING = 8, 2, 24, 40, 3, 1.7
+S, B, IN, OUT, R, SCALING, SITE = 16, 2, 24, 40, 3, 1.7, 99
+SAMPLES = [7, 2**40 + 3]
 TOLERANCE = 1e-12  # fp64: about 1e4 roundings of 1e-16
 
 
-def problem() -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Case:
+    kind: str  # column, row
+    sequence_parallel: bool
+    path: str  # plain, L0, L1, L2
+    p: float = 0.0
+    chunks: int = 1
+    bias: str = "apart"  # none, apart, added
+    flat: bool = False  # 2-D input
+    gather_output: bool = False
+    buffer: bool = False  # fp32 main_grad, here fp64, as under data parallelism; two backward passes fill it
+    recompute: str = ""  # "producer" of the input, or the whole layer in a "checkpoint"
+    mutant: str = ""
+
+
+def problem(p: float) -> dict[str, Tensor]:
+    """Inputs, and which elements dropout keeps."""
+    from modellink_lora.device.hashing import dropped
+    from modellink_lora.parallel.random import row_keys
+
     generator = torch.Generator().manual_seed(5)
     shapes = {"x": (S, B, IN), "weight": (OUT, IN), "bias": (OUT,), "A": (R, IN), "B": (OUT, R), "dy": (S, B, OUT)}
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    tensors = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    rows = row_keys(SITE, torch.tensor(SAMPLES), torch.arange(S))
+    kept = ~dropped(rows[..., None], torch.arange(IN, dtype=torch.int32), p) if p else torch.ones(S, B, IN)
+    return tensors | {"kept": kept.double() / (1 - p)}
 
 
-def reference() -> dict[str, Tensor]:
+def reference(p: float, added: bool) -> dict[str, Tensor]:
     """What the layer must compute, written down without any parallelism."""
-    p = problem()
-    x, a, b = (p[k].requires_grad_() for k in ("x", "A", "B"))
-    y = x @ p["weight"].T + SCALING * (x @ a.T) @ b.T
-    y.backward(p["dy"])
+    t = problem(p)
+    x, a, b = (t[k].requires_grad_() for k in ("x", "A", "B"))
+    y = x @ t["weight"].T + SCALING * ((x * t["kept"]) @ a.T) @ b.T
+    y = y + t["bias"] if added else y
+    y.backward(t["dy"])
     assert x.grad is not None and a.grad is not None and b.grad is not None
     return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}
 
 
-def sharded(kind: str, sequence_parallel: bool, mutant: str | None = None) -> dict[str, Tensor]:
-    """The same through LoraLinear on this world's tensor parallel layout; full tensors again."""
+def sharded(cases: list[Case]) -> list[dict[str, Tensor]]:
+    """Each case on this world's tensor parallel layout; full tensors again."""
     import torch.distributed as dist
+
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.device import get_device
+    from modellink_lora.parallel.context import make_context
+    from modellink_lora.parallel.random import seed_everything
+
+    context = make_context(
+        ParallelConfig(tensor_model_parallel_size=dist.get_world_size()), torch.device("cpu")
+    )  # fmt: skip
+    seed_everything(1, context, get_device("cpu"))
+    return [one(case, context.tp_size, context.tp_rank, context.tp_group) for case in cases]
+
+
+def layer_of(case: Case, tensors: dict[str, Tensor], t: int, i: int, sp: bool) -> Any:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from modellink_lora.adapters.fused import FusedLoraLinear
     from modellink_lora.adapters.lora import LoraLinear
-    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.device import get_device
     from modellink_lora.models.layouts import Column, Row, lora_layouts
-    from modellink_lora.parallel.context import make_context
 
-    context = make_context(
-        ParallelConfig(tensor_model_parallel_size=dist.get_world_size(), sequence_parallel=sequence_parallel),
-        torch.device("cpu"),
-    )
-    t, i = context.tp_size, context.tp_rank
     config = TransformerConfig(
         num_layers=1, hidden_size=IN, num_attention_heads=4, params_dtype=torch.float64, perform_initialization=False,
-        tensor_model_parallel_size=t, sequence_parallel=context.sequence_parallel, gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=t, sequence_parallel=sp, gradient_accumulation_fusion=False,
     )  # fmt: skip
-    shared: dict[str, Any] = dict(config=config, init_method=lambda w: w, bias=True, skip_bias_add=True)
+    shared: dict[str, Any] = dict(
+        config=config, init_method=lambda w: w, bias=case.bias != "none", skip_bias_add=case.bias == "apart"
+    )
     layout: Column | Row
-    if kind == "column":
-        layout, base = Column(), ColumnParallelLinear(IN, OUT, gather_output=False, **shared)
+    if case.kind == "column":
+        layout, base = Column(), ColumnParallelLinear(IN, OUT, gather_output=case.gather_output, **shared)
     else:
         layout, base = Row(), RowParallelLinear(IN, OUT, input_is_parallel=True, **shared)
-    p = problem()
     a_layout, b_layout = lora_layouts(layout)
     with torch.no_grad():
-        base.weight.copy_(layout.shard(p["weight"], i, t))
+        base.weight.copy_(layout.shard(tensors["weight"], i, t))
+        if base.bias is not None:
+            base.bias.copy_(layout.shard(tensors["bias"], i, t) if case.kind == "column" else tensors["bias"])
     base.requires_grad_(False)
-    layer = LoraLinear(
-        base, lora_A=a_layout.shard(p["A"], i, t).clone(), lora_B=b_layout.shard(p["B"], i, t).clone(), scaling=SCALING
-    )
-    cut_tokens = context.sequence_parallel
+    settings: dict[str, Any] = dict(
+        lora_A=a_layout.shard(tensors["A"], i, t).clone(), lora_B=b_layout.shard(tensors["B"], i, t).clone(),
+        scaling=SCALING, dropout=case.p,
+    )  # fmt: skip
+    if case.path == "plain":
+        layer = LoraLinear(base, **settings)
+    else:
+        layer = FusedLoraLinear(
+            base, device=get_device("cpu"), level=case.path, chunks=lambda rows: case.chunks,
+            recompute_inputs=case.recompute == "producer", **settings,
+        )  # fmt: skip
+    layer.dropout.site = SITE
+    return layer
+
+
+def one(case: Case, t: int, i: int, group: Any) -> dict[str, Tensor]:
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel.random import checkpoint
+
+    from modellink_lora.models.recompute import remember
+    from modellink_lora.parallel.random import set_samples
+
+    column, sp = case.kind == "column", case.sequence_parallel and t > 1
+    tensors = problem(case.p)
+    layer = layer_of(case, tensors, t, i, sp)
+    set_samples(torch.tensor(SAMPLES))
 
     def tokens(full: Tensor) -> Tensor:
         return full.chunk(t, dim=0)[i]
@@ -72,32 +131,46 @@ def sharded(kind: str, sequence_parallel: bool, mutant: str | None = None) -> di
     def width(full: Tensor) -> Tensor:
         return full.chunk(t, dim=-1)[i]
 
-    x = p["x"] if kind == "column" else width(p["x"])
-    dy = width(p["dy"]) if kind == "column" else p["dy"]
-    if cut_tokens and kind == "column":
-        x = tokens(x)
-    if cut_tokens and kind == "row":
-        dy = tokens(dy)
+    x = tensors["x"] if column else width(tensors["x"])
+    dy = width(tensors["dy"]) if column and not case.gather_output else tensors["dy"]
+    if sp:
+        x, dy = (tokens(x), dy) if column else (x, tokens(dy))
     x = x.clone().requires_grad_()
-    y, bias = layer(x)
-    assert bias is base.bias, "a bias that the base leaves apart stays apart"
-    y.backward(dy.contiguous())
+    if case.buffer:
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.main_grad = torch.zeros_like(factor)
+    for _ in range(2 if case.buffer else 1):
+        x.grad = None
+        entering = x.flatten(0, 1) if case.flat else x
+        if case.recompute == "producer":
+            entering = remember(entering * 1.0, lambda y: y * 1.0, entering)
+        if case.recompute == "checkpoint":
+            y, bias = checkpoint(layer, False, entering)
+            set_samples(torch.tensor([0, 1]))  # others have passed before the backward pass
+        else:
+            y, bias = layer(entering)
+        assert (bias is layer.base_layer.bias) if case.bias == "apart" else (bias is None)
+        y = y.unflatten(0, (-1, B)) if case.flat else y
+        y.backward(dy.contiguous())
+        set_samples(torch.tensor(SAMPLES))
+    found = []
     for factor in (layer.lora_A, layer.lora_B):
-        if getattr(factor, "sequence_parallel", False) and mutant != "no sum of the replicated factor":
-            dist.all_reduce(factor.grad, group=context.tp_group)  # what finalize_model_grads does
+        gradient = factor.main_grad / 2 if case.buffer and case.path != "plain" else factor.grad
+        if getattr(factor, "partial_over_tensor_ranks", False) and case.mutant != "no sum of the replicated factor":
+            dist.all_reduce(gradient, group=group)  # what training/optimizer.py does once for each global batch
+        found.append(gradient)
 
     def gather(part: Tensor, dim: int, when: bool) -> Tensor:
-        parts = [torch.empty_like(part) for _ in range(t)]
-        dist.all_gather(parts, part.contiguous(), group=context.tp_group)
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(t)]
+        dist.all_gather(parts, part.contiguous(), group=group)
         return torch.cat(parts, dim=dim) if when else part
 
-    column = kind == "column"
-    assert x.grad is not None and layer.lora_A.grad is not None and layer.lora_B.grad is not None
+    assert x.grad is not None
     return {
-        "y": gather(y.detach(), -1 if column else 0, column or cut_tokens),
-        "dx": gather(x.grad, 0 if column else -1, cut_tokens if column else True),
-        "dA": gather(layer.lora_A.grad, 1, not column),
-        "dB": gather(layer.lora_B.grad, 0, column),
+        "y": gather(y.detach(), -1 if column else 0, (column and not case.gather_output) or (sp and not column)),
+        "dx": gather(x.grad, 0 if column else -1, sp if column else True),
+        "dA": gather(found[0], 1, not column),
+        "dB": gather(found[1], 0, column),
     }
 
 
@@ -105,19 +178,42 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["plain", "sp"])
-@pytest.mark.parametrize("kind", ["column", "row"])
+def cases(t: int) -> list[Case]:
+    """Every path on every shape of parallelism, with and without dropout, then each feature on all of them."""
+    both = [Case(kind, sp, "plain", p) for kind in ("column", "row") for sp in (False, True) for p in (0.0, 0.1)]
+    found = list(both)
+    for case in both:
+        bordered = ("L1", "L2") if case.sequence_parallel and t > 1 else ()
+        for level in ("L0", *bordered):
+            if level == "L2" and case.kind == "row" and case.p:
+                continue  # x itself would have to stand below W
+            one = replace(case, path=level)
+            found += [one, replace(one, chunks=2), replace(one, chunks=3)]
+            found += [replace(one, recompute="producer"), replace(one, recompute="checkpoint", bias="added")]
+            found += [replace(one, bias=bias) for bias in ("none", "added")] + [replace(one, buffer=True)]
+            if not case.p:
+                found.append(replace(one, flat=True, chunks=2))
+            if case.kind == "column" and not case.sequence_parallel:
+                found.append(replace(one, gather_output=True))
+    return found
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_output_and_gradients_equal_unsharded_autograd(tp: int, kind: str, sequence_parallel: bool) -> None:
-    expected = reference()
-    for rank, found in enumerate(run(sharded, world_size=tp, kind=kind, sequence_parallel=sequence_parallel)):
-        for name in expected:
-            assert relative(found[name], expected[name]) < TOLERANCE, (rank, name)
+def test_output_and_gradients_equal_unsharded_autograd(tp: int) -> None:
+    expected = {key: reference(*key) for key in ((p, added) for p in (0.0, 0.1) for added in (False, True))}
+    wrong = []
+    for rank, results in enumerate(run(sharded, world_size=tp, cases=cases(tp))):
+        for case, found in zip(cases(tp), results, strict=True):
+            errors = {k: relative(found[k], v) for k, v in expected[case.p, case.bias == "added"].items()}
+            wrong += [(rank, case, name, error) for name, error in errors.items() if not error < TOLERANCE]
+    assert wrong == []
 
 
+@pytest.mark.parametrize("path, sequence_parallel", [("plain", True), ("L0", False), ("L2", True)])
 @pytest.mark.parametrize("kind", ["column", "row"])
-def test_the_comparison_notices_a_gradient_that_is_not_summed(kind: str) -> None:
-    expected = reference()
-    found = run(sharded, world_size=2, kind=kind, sequence_parallel=True, mutant="no sum of the replicated factor")
+def test_the_comparison_notices_a_gradient_that_is_not_summed(kind: str, path: str, sequence_parallel: bool) -> None:
+    expected = reference(0.0, False)
+    case = Case(kind, sequence_parallel, path, mutant="no sum of the replicated factor")
+    found = run(sharded, world_size=2, cases=[case])[0][0]
     replicated = "dA" if kind == "column" else "dB"
-    assert relative(found[0][replicated], expected[replicated]) > 1e-3
+    assert relative(found[replicated], expected[replicated]) > 1e-3

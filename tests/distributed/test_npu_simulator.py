@@ -47,6 +47,10 @@ def test_our_npu_device_uses_the_fused_operators_and_falls_back_outside_their_li
     succeeds("product", 2)
 
 
+def test_products_joined_with_a_collective_equal_plain_pytorch_and_are_refused_outside_their_limits() -> None:
+    succeeds("joined_products", 2)
+
+
 def test_ranks_that_call_different_collectives_are_stopped_with_both_calls() -> None:
     done = run("disagreement", 2)
     assert done.returncode != 0

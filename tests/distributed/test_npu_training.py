@@ -50,10 +50,11 @@ def on_cpu(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "layout",
     [
         ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--lora-fusion", "--use-mc2"),
         ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ],
-    ids=["tp2-sp", "pp2-vpp2-tied", "dp2-distributed-optimizer"],
+    ids=["tp2-sp", "tp2-sp-fused", "pp2-vpp2-tied", "dp2-distributed-optimizer"],
 )
 def test_two_simulated_npus_learn_what_one_cpu_learns(
     layout: tuple[str, ...], base: Path, on_cpu: Path, tmp_path: Path

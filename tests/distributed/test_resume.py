@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -154,6 +155,47 @@ def test_the_adapter_starts_bit_identical_at_every_layout(base: Path, tmp_path: 
     for name in ("tp2-sp", "pp2-vpp2"):
         found = adapter_tensors(tmp_path / name)
         assert all(torch.equal(found[key], expected[key]) for key in expected if key.endswith("lora_A"))
+
+
+def said(**arguments: Any) -> list[str]:
+    """What a run tells the user while it goes."""
+    from modellink_lora.reporting.report import Reporter
+
+    lines: list[str] = []
+    with mock.patch.object(Reporter, "say", lambda _, text: lines.append(text)):
+        fine_tune_here(**arguments)
+    return lines
+
+
+@pytest.mark.parametrize(("wanted", "tests"), [(3, 1), (2, 0)], ids=["at its end", "beyond its end"])
+def test_a_run_resumed_where_nothing_is_left_says_so_and_trains_nothing(
+    wanted: int, tests: int, base: Path, tmp_path: Path
+) -> None:
+    """At its end the test that an interruption may have cut off is run; beyond, nothing is."""
+
+    def resumed(iterations: int, **train: Any) -> list[str]:
+        return run(
+            said,
+            world_size=2,
+            train=train_flags(load=str(base), save=str(tmp_path), train_iters=iterations, eval_iters=1, **train),
+            data={"data_path": (str(base.parent / "data"),), "seq_length": 32, "split": "60,20,20"},
+            parallel=TP2,
+            lora={"dropout": 0.1} if train else LORA,
+        )[0]
+
+    def test_losses(lines: list[str]) -> list[str]:
+        return [line for line in lines if line.startswith(" test loss at iteration 3 ")]
+
+    first = resumed(3)
+    before = (tmp_path / "iter_0000003/training.json").stat().st_mtime_ns
+    lines = resumed(wanted, lora_load=str(tmp_path))
+    (line,) = [line for line in lines if "nothing left to do" in line]
+    assert f"stands at iteration 3, --train-iters says {wanted}; raise --train-iters above 3" in line
+    assert "--finetune" in line and "\n" not in line
+    assert len(test_losses(first)) == 1 and test_losses(lines) == test_losses(first) * tests
+    assert len(losses(tmp_path)) == 3 and not [line for line in lines if "validation loss" in line or "saving" in line]
+    assert (tmp_path / "iter_0000003/training.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "run.json").read_text())["sessions"][-1]["status"] == "completed"
 
 
 def test_a_resumed_run_tells_what_it_found(base: Path, runs: Path, tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_adapters_may_have_a_dtype_of_their_own(base: Path, plain: list[float], 
     assert {tensor.dtype for tensor in adapter_tensors(tmp_path).values()} == {torch.float32}
 
 
+def test_an_fp32_base_with_16_bit_adapters_is_refused(base: Path, tmp_path: Path) -> None:
+    said = run(
+        error_of,
+        world_size=1,
+        train=train_flags(load=str(base), save=str(tmp_path / "run")),
+        data={"data_path": (str(base.parent / "data"),), "seq_length": 32},
+        parallel={},
+        lora={"r": 4, "alpha": 8.0, "target_modules": TARGETS, "dtype": "bf16"},
+    )[0]
+    assert said.startswith("--lora-dtype bf16 with an fp32 base") and "\n" not in said
+
+
 def test_fixed_length_padding_does_not_change_the_losses(base: Path, plain: list[float], tmp_path: Path) -> None:
     assert tune(base, tmp_path, TP2_SP, data={"variable_seq_lengths": False}) == pytest.approx(plain, rel=ROUNDING)
 

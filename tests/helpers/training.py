@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def fine_tune_here(
     model: dict[str, Any] | None = None,
     mutant: str | None = None,
 ) -> None:
-    """Run the whole job in this world's process group; `mutant` names a deliberate error in the LoRA layer."""
+    """Run the whole job in this world's process group; `mutant` names a deliberate error, see `mutated`."""
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
     from modellink_lora.device import get_device
@@ -75,27 +76,61 @@ def error_of(**arguments: Any) -> str:
     return ""
 
 
+# name of a deliberate error: what it replaces in adapters/fused_functions.py, and by what
+FUSED_MUTANTS = {
+    "no LoRA term in dX": [
+        ("alpha=ctx.scale)", "alpha=0.0)"),  # column under SP
+        ("multiply(gathered, wide, into)", "multiply(gathered[..., :o], wide[:o], into)"),  # row under SP, L2
+        ("multiply(U, A, into)", "into.zero_()"),  # L0
+    ],
+    "no scaling": [("layer.scale", "1.0"), ("ctx.scale", "1.0")],
+    "rows of chunks in the order they arrive": [
+        ("block(out, t, rows)", "out.view(-1, t, len(gathered[0]), out.shape[1])[rows.start // len(gathered[0])]"),
+    ],
+}
+
+
 @contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """Break LoraLinear in a named way, to show that a test notices."""
+    """Break the LoRA layers, plain and fused, in a named way, to show that a test notices."""
+    from modellink_lora.adapters import fused, fused_functions
     from modellink_lora.adapters.lora import LoraLinear
 
-    delta, init = LoraLinear.delta, LoraLinear.__init__
+    classes, functions = (LoraLinear, fused.FusedLoraLinear), dict(vars(fused_functions))
+    names, inits, delta = (
+        ("Unbordered", "ColumnBordered", "RowBordered"),
+        [c.__init__ for c in classes],
+        LoraLinear.delta,
+    )
+    assert name is None or name in FUSED_MUTANTS or name == "replicated factor not summed", name
     if name == "no LoRA term in dX":
         LoraLinear.delta = lambda self, x: delta(self, x.detach())
-    elif name == "replicated factor not summed":
-
-        def unmarked(self: LoraLinear, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
-            self.lora_A.sequence_parallel = self.lora_B.sequence_parallel = False
-
-        LoraLinear.__init__ = unmarked
-    else:
-        assert name is None, name
+    if name == "replicated factor not summed":
+        for broken, init in zip(classes, inits, strict=True):
+            broken.__init__ = _unmarked(init)
+    if name in FUSED_MUTANTS:
+        source = inspect.getsource(fused_functions)
+        for old, new in FUSED_MUTANTS[name]:
+            assert old in source, f"nothing to break: {old}"
+            source = source.replace(old, new)
+        exec(compile(source, fused_functions.__file__, "exec"), vars(fused_functions))
+        vars(fused).update({function: vars(fused_functions)[function] for function in names})
     try:
         yield
     finally:
-        LoraLinear.delta, LoraLinear.__init__ = delta, init
+        LoraLinear.delta = delta
+        for whole, init in zip(classes, inits, strict=True):
+            whole.__init__ = init
+        vars(fused_functions).update(functions)
+        vars(fused).update({function: functions[function] for function in names})
+
+
+def _unmarked(init: Any) -> Any:
+    def without_marks(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.lora_A.partial_over_tensor_ranks = self.lora_B.partial_over_tensor_ranks = False
+
+    return without_marks
 
 
 def losses(save: Path) -> list[float]:

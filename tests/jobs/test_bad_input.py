@@ -16,7 +16,7 @@ import torch
 
 from modellink_lora.checkpoint.adapter import AdapterMeta, write_adapter
 from modellink_lora.checkpoint.store import iteration_folder, write_tracker
-from modellink_lora.cli import convert, preprocess
+from modellink_lora.cli import convert, plan, preprocess
 from modellink_lora.cli.main import run
 from modellink_lora.config.adapter import LoraConfig
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -175,6 +175,11 @@ AGAINST_FILES: list[tuple[str, dict[str, object], str]] = [
     ("a vocabulary that is not the checkpoint's", {"vocab-size": 7},
      "--vocab-size 7 contradicts --load {root}/base, which says 259: remove the flag"),
     ("a split without training samples", {"split": "0,50,50"}, "--split 0,50,50 leaves no training sample of 32 in "),
+    ("the best of no validation", {"save-best": True, "eval-iters": 1, "split": "100,0,0"},
+     "--save-best needs validations, but --split 100,0,0 holds 0 validation samples of 32, fewer than one"),
+    ("the best of too small a validation",
+     {"save-best": True, "eval-iters": 1, "split": "90,10,0", "global-batch-size": 4},
+     "--save-best needs validations, but --split 90,10,0 holds 3 validation samples of 32, fewer than one"),
 ]
 # fmt: on
 
@@ -327,6 +332,26 @@ def test_a_truncated_model_is_named_and_nothing_is_written(tmp_path: Path, capsy
     words = ["--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", file.parent, "--save-dir"]
     line = refused(convert.main, [*words, tmp_path / "save"], capsys, status=1)
     assert line.startswith(f"error: {file}: damaged, cut short or unreadable (") and not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama-5"}, "--model llama-5 is neither a folder nor one of llama-2-7b, "),
+        ({"devices": "8xV100"}, "--devices: V100 is not in the table (H200, H100, A100-80GB, 910B, CPU); take"),
+        ({"devices": "8xV100", "calibrate": ""}, "--devices: V100 is not in the table ("),
+        ({"model": "llama-5", "devices": "8 x h200 "}, "--model llama-5 is neither a folder nor one of "),
+    ],
+    ids=["model", "chip", "chip to calibrate", "spaces in the devices"],
+)
+def test_plans_of_unknown_models_and_devices(
+    changes: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"model": "llama-2-7b", "devices": "8xH200", "seq-length": "512", "global-batch-size": "32", **changes}
+    flags |= {"calibration": str(tmp_path / "plan-calibration.json")} if "calibrate" in changes else {}
+    words: list[object] = [word for name, value in flags.items() for word in (f"--{name}", value) if word]
+    assert refused(plan.main, words, capsys, status=1).startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_layouts_that_the_model_cannot_be_cut_into_name_the_ones_that_work(files: Files) -> None:

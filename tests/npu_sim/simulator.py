@@ -36,7 +36,7 @@ _OFFSET_STEP = 4  # a random operator takes at least one block of Philox's four 
 
 def install() -> None:
     """Replace the kernels of torch_npu in this process."""
-    from tests.npu_sim import fused_ops
+    from tests.npu_sim import fused_collectives, fused_ops
 
     aten = torch.library.Library("aten", "IMPL")
     for name in torch._C._dispatch_get_all_op_names():
@@ -50,6 +50,8 @@ def install() -> None:
     npu = torch.library.Library("npu", "IMPL")
     for name, function in fused_ops.KERNELS.items():
         npu.impl(name, _on_host(f"npu::{name}", function), "PrivateUse1", allow_override=True)
+    for name, function in fused_collectives.KERNELS.items():
+        npu.impl(name, _counted(f"npu::{name}", function), "PrivateUse1", allow_override=True)
     _libraries.extend([aten, npu])
 
 
@@ -207,6 +209,16 @@ def _on_host(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return tree_map(
             lambda value: device_copy(value.contiguous(), device) if torch.is_tensor(value) else value, result
         )
+
+    return run
+
+
+def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel out of operators and collectives of the device itself."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return function(*args, **kwargs)
 
     return run
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from modellink_lora.reporting.run_record import read_record
 from tests.helpers import peft_reference
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import (
+    FUSED_MUTANTS,
     TARGETS,
     adapter_tensors,
     fine_tune_here,
@@ -40,6 +42,7 @@ TP2, SP, PP2 = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {
 VPP2 = {"num_layers_per_virtual_pipeline_stage": 1}  # two runs of one layer on each of two stages
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+FUSED = {"lora_fusion": True, "lora_fusion_chunks": "2"}
 # name: processes, layout, further settings of the run
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp1": (1, {}, {}),
@@ -110,19 +113,25 @@ def reference_batches(prefix: str) -> list[list[dict[str, torch.Tensor]]]:
     return [samples[start : start + 4] for start in range(0, len(samples), 4)]
 
 
-def ours(case: Case, save: Path, layout: str, mutant: str | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+def ours(
+    case: Case, save: Path, layout: str, mutant: str | None = None, **more: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    """Losses and adapter of the run; `more` are further TrainConfig fields. A fused run must be fused everywhere."""
     world, parallel, settings = (LAYOUTS | MORE)[layout]
     run(
         fine_tune_here,
         world_size=world,
         train=train_flags(
-            train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings
+            train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings, **more
         ),
         data={"data_path": (case.prefix,), "seq_length": 32},
         parallel=parallel,
         lora={"r": R, "alpha": ALPHA, "target_modules": TARGETS, "dropout": case.dropout},
         mutant=mutant,
     )
+    fusion = read_record(save)["fusion"]["rows"]
+    assert sum(int(count) for _, count, *_ in fusion) == (4 * len(TARGETS) if more.get("lora_fusion") else 0)
+    assert all(int(owned) == 0 for _, _, _, owned, *_ in fusion) or more.get("lora_fusion_level") == "L0"
     return losses(save), adapter_tensors(save)
 
 
@@ -150,6 +159,45 @@ def test_losses_and_adapters_equal_peft(model: str, layout: str, cases: Any, tmp
     found_losses, found_adapter = ours(case, tmp_path / "run", layout)
     assert loss_error(found_losses, case.losses) < LOSS_TOLERANCE
     assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "model, layout",
+    # with dropout at every layout, with biases at the common ones; the other models run it with the slow tests
+    [
+        pytest.param(*case, marks=() if case[0] in ("llama-tied", "qwen2-untied") else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_the_fused_path_equals_peft_as_the_plain_one_does(model: str, layout: str, cases: Any, tmp_path: Path) -> None:
+    case = cases(model)
+    found_losses, found_adapter = ours(case, tmp_path / "run", layout, **FUSED)
+    assert loss_error(found_losses, case.losses) < LOSS_TOLERANCE
+    assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
+
+
+@pytest.mark.parametrize("level", ["L0", "L1", "L2"])
+def test_every_level_of_the_fused_path_equals_peft(level: str, cases: Any, tmp_path: Path) -> None:
+    case = cases("qwen2-tied")  # without dropout, so that L2 is to be had everywhere; with biases
+    found_losses, found_adapter = ours(case, tmp_path / "run", "tp2-pp2-sp", **FUSED | {"lora_fusion_level": level})
+    assert loss_error(found_losses, case.losses) < LOSS_TOLERANCE
+    assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
+@pytest.mark.parametrize("mutant", list(FUSED_MUTANTS))
+def test_a_broken_fused_path_is_noticed(mutant: str, layout: str, cases: Any, tmp_path: Path) -> None:
+    if mutant.startswith("rows") and layout == "tp2":
+        return  # nothing is gathered, so no order can be lost
+    case = cases("qwen2-tied")
+    found_losses, found_adapter = ours(case, tmp_path / "run", layout, mutant, **FUSED)
+    assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE
+    assert adapter_error(found_adapter, case.adapter) > 10 * ADAPTER_TOLERANCE
+
+
+def test_a_fused_factor_whose_gradient_is_not_summed_stops_the_run(cases: Any, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="is not the same on all tensor-parallel ranks"):
+        ours(cases("llama-tied"), tmp_path / "run", "tp2", "replicated factor not summed", **FUSED)
 
 
 def test_a_factor_whose_gradient_is_not_summed_stops_the_run(cases: Any, tmp_path: Path) -> None:

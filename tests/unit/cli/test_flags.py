@@ -216,8 +216,8 @@ def test_the_training_tables_name_no_flag_of_the_model_or_the_adapter() -> None:
     parser = build_parser("t", "t", [ModelConfig, ParallelConfig, LoraConfig], refused=REFUSED, accepted=ACCEPTED)
     said: list[str] = []
     parsed = parser.parse(
-        ["--local_rank", "2", "--local-rank=1", "--use-mc2", "--swiglu", "--context-parallel-size", "1"]
+        ["--local_rank", "2", "--local-rank=1", "--jit-compile", "--swiglu", "--context-parallel-size", "1"]
     )
     parser.report_accepted(said.append)
     assert parsed[ModelConfig] == {"swiglu": True}
-    assert [line.split()[0] for line in said] == ["--local_rank", "--local-rank", "--use-mc2"]
+    assert [line.split()[0] for line in said] == ["--local_rank", "--local-rank", "--jit-compile"]

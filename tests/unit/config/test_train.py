@@ -41,6 +41,7 @@ def test_the_dtype_is_fp32_unless_a_flag_says_otherwise() -> None:
         ({"clip_grad": -1.0}, "must not be negative"),
         ({"overlap_param_gather": True}, "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad"),
         ({"save_best": True}, "need --save: name a folder"),
+        ({"save_best": True, "save": "run", "eval_iters": 0}, "--save-best needs validations, --eval-iters 0 asks for"),
         ({"save_total_limit": -1}, "--save-total-limit -1: give a whole number of at least 0"),
     ],
 )

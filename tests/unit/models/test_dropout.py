@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modellink_lora.device.hashing import dropped, mix
 from modellink_lora.models import dropout
 from modellink_lora.models.dropout import Dropout
-from modellink_lora.parallel.random import dropped, mix, row_keys, site_key
+from modellink_lora.parallel.random import row_keys, site_key
 
 S, B, F, P = 16, 3, 40, 0.25
 SAMPLES = torch.tensor([5, 2**33 + 5, 1_000_000])

@@ -87,6 +87,75 @@ def test_a_layers_collectives_counted_by_hand() -> None:
     assert messages((16, 0, 0, 0), True) == [5, 5]
 
 
+def test_a_fused_adapter_owns_no_collective() -> None:
+    waits = dataclasses.replace(PRODUCTS, matmul=ENDLESS, inside=Link(1.0, ENDLESS))
+
+    def messages(**changes: Any) -> list[float]:
+        shapes = plan(tp=2, lora_fusion=True, lora_fusion_chunks=1, **changes).shapes()
+        return [one.communication for one in layer_passes(shapes, (16,) * 4, waits)]
+
+    assert messages() == [4, 4], "the frozen layer's"
+    assert messages(sequence_parallel=True) == [4, 4]
+    assert messages(sequence_parallel=True, dtype="fp32", lora_dropout=0.1) == [4, 4]
+    assert messages(sequence_parallel=True, lora_fusion_level="L0") == [4, 6], "two column linears scatter U"
+
+
+def test_a_border_adds_its_bytes_to_the_frozen_linears_collective() -> None:
+    wires = dataclasses.replace(PRODUCTS, matmul=ENDLESS, inside=Link(0.0, 1e9))
+    for r, edge in ((16, 16), (12, 16)):
+        shapes = plan(tp=2, sequence_parallel=True, lora_fusion=True, lora_fusion_level="L1").shapes()
+        forward, backward = layer_passes(shapes, (r,) * 4, wires)
+        assert forward.communication == backward.communication == pytest.approx(4 / 2 * 2048 * (1024 + edge) * 2 / 1e9)
+
+
+def test_chunks_hide_a_collective_behind_its_product_where_kernels_are_queued() -> None:
+    """A linear gathers for 1 s and multiplies for 1 s: in two chunks, half a second is waited for."""
+    tokens, h, f = 2048, 1024, 2816
+    linear = 2 * tokens * h * 2 * f / 2  # linear_fc1 at TP2
+    size = tokens * h * 2
+    machine = dataclasses.replace(PRODUCTS, matmul=linear, inside=Link(0.0, size / 2), queued=True)
+
+    def waited(chunks: int | None, machine: Machine = machine) -> float:
+        shapes = plan(tp=2, sequence_parallel=True, lora_fusion=True, lora_fusion_level="L0",
+                      lora_fusion_chunks=chunks).shapes()  # fmt: skip
+        return layer_passes(shapes, (0, 0, 16, 0), machine)[0].communication
+
+    others = 3.0  # linears without an adapter: plain collectives of a second each
+    assert waited(1) == pytest.approx(others + 1)
+    assert waited(2) == pytest.approx(others + 0.5) and waited(4) == pytest.approx(others + 0.25)
+    slow = dataclasses.replace(machine, inside=Link(0.0, size / 4))
+    assert waited(2, slow) == pytest.approx(2 * others + 1 + 0.5), "what is longer than the product shows"
+    late = dataclasses.replace(machine, inside=Link(1.0, size / 2))
+    each = [waited(chunks, late) for chunks in (1, 2, 4)]
+    assert each == sorted(set(each)) and waited(None, late) == each[0], "each chunk has its latency"
+    assert waited(None) == waited(4), "auto takes the best"
+    assert waited(2, dataclasses.replace(machine, queued=False)) == pytest.approx(others + 1), "a CPU does both itself"
+
+
+def test_products_of_fused_adapters_are_as_many() -> None:
+    assert seconds(PRODUCTS, lora_fusion=True).total == pytest.approx(seconds(PRODUCTS).total)
+    border: dict[str, Any] = dict(tp=2, sequence_parallel=True, lora_fusion=True, lora_fusion_level="L1")
+    plain = seconds(PRODUCTS, tp=2, sequence_parallel=True).total
+    assert seconds(PRODUCTS, **border).total == pytest.approx(plain)
+    assert seconds(PRODUCTS, **{**border, "lora_fusion_level": "L2"}).total == pytest.approx(plain)
+    assert seconds(PRODUCTS, **{**border, "lora_fusion_level": "L0"}).total > plain, "all tokens on every rank"
+
+
+@pytest.mark.parametrize("layout", [dict(tp=2), dict(tp=2, sequence_parallel=True), dict(tp=8, sequence_parallel=True)])
+@pytest.mark.parametrize("kind", [{}, dict(adapter_dtype="fp32")])
+def test_fusion_makes_a_step_of_tensor_ranks_faster(layout: dict[str, Any], kind: dict[str, Any]) -> None:
+    machine = dataclasses.replace(REAL, matmul=5e14, stream=3e12, queued=True)
+    kept = dict(recompute_lora_inputs=False)
+    plain, fused = (seconds(machine, **layout, **kind, **kept, lora_fusion=on) for on in (False, True))
+    assert fused.parts["tensor parallel"] < plain.parts["tensor parallel"]
+    assert fused.total < plain.total
+
+
+def test_computing_inputs_again_takes_time() -> None:
+    again, kept = (seconds(lora_fusion=True, recompute_lora_inputs=on).total for on in (True, False))
+    assert kept < again < 1.05 * kept
+
+
 def test_a_slower_reduce_scatter_slows_sequence_parallel_only() -> None:
     slow = dataclasses.replace(REAL, scatter=Link(1e-5, 1e9))
     assert seconds(slow, tp=2).total == seconds(tp=2).total

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from modellink_lora.adapters.targets import adapted_linears
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.parallel.partition import Partition
+from modellink_lora.planning.fused_tape import level_of
+from modellink_lora.planning.layer_tape import layer
 from modellink_lora.planning.memory import Plan, frozen_elements, rank_memory, schedule
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -77,15 +83,86 @@ def test_the_distributed_optimizer_shares_masters_and_moments_only() -> None:
 def test_activations_of_a_layer_counted_by_hand() -> None:
     """What one more layer adds to the peak is what autograd keeps of it."""
     tokens, h, q, kv, f, r = 2048, 1024, 1024, 512, 2816, 16
-    kept = 2 * (4 * tokens * h + 2 * tokens * h)  # both norms: fp32 input; output, for the adapter
+    kept = 2 * (2 * tokens * h + 4 * tokens + 2 * tokens * h)  # both norms: input, 1 / rms; output, for the adapter
     kept += 2 * tokens * (q + 2 * kv)  # q, k, v before rotation: alive through v
     kept += 2 * tokens * (q + kv) + 2 * tokens * q  # rotated q and k; attention's output
     kept += 4 * tokens * 16  # logarithms of attention's sums
     kept += 4 * 2048 * 64 * 2  # cosines and sines for q and k
-    kept += 5 * 2 * tokens * f  # gate and up, silu, up + 0, product
+    kept += 3 * 2 * tokens * f  # gate and up; product, for the adapter
     kept += 4 * 2 * tokens * r  # scaled low-rank activations of four adapters
     more = memory(partition=Partition((9,)), model=dataclasses.replace(MODEL, num_layers=9))
     assert more["activations"] - memory()["activations"] == kept
+
+
+def test_of_a_fused_adapter_a_layer_keeps_r_wide_tensors_and_nothing_else() -> None:
+    tokens, r = 2048, 16
+    frozen, fused = layer_kept(0), layer_kept(r, lora_fusion=True)
+    assert fused - frozen == 2 * tokens * 4 * r, "S of four linears"
+    assert layer_kept(r, lora_fusion=True, lora_dropout=0.1) - fused == 4 * (4 * tokens + 3 * 1024 + 2816), "keys"
+    assert layer_kept(r, lora_fusion=True, adapter_dtype="fp32") == fused
+    kept = layer_kept(r, lora_fusion=True, recompute_lora_inputs=False)
+    assert kept - fused == 2 * tokens * (2 * 1024 + 2816), "outputs of two norms and the gate"
+    assert layer_kept(r) == kept, "as the plain path without dropout"
+
+
+def test_lora_adds_at_most_one_percent_to_what_a_frozen_layer_keeps() -> None:
+    for hidden, ffn, groups in ((4096, 11008, 32), (8192, 28672, 8)):
+        model = dataclasses.replace(
+            MODEL, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=hidden // 128, num_query_groups=groups
+        )
+        for tp, sp, level in ((1, False, "L0"), (2, False, "L0"), (8, False, "L0"), (2, True, "L0"), (8, True, "L1")):
+            settings: dict[str, Any] = dict(
+                model=model, tp=tp, sequence_parallel=sp, lora_fusion_level=level, length=4096, lora_dropout=0.1
+            )
+            frozen = layer_kept(0, **settings)
+            added = layer_kept(16, lora_fusion=True, **settings) - frozen
+            assert 0 < added <= 0.01 * frozen, (hidden, tp, sp, added / frozen)
+            assert layer_kept(16, **settings) - frozen > 0.25 * frozen, "the plain path"
+
+
+def layer_kept(r: int, **changes: Any) -> int:
+    """Bytes that a layer inside a model keeps for backward."""
+    return layer(plan(**changes).shapes(), (r,) * 4, grad_in=True, recompute_attention=False).kept
+
+
+def test_a_weight_of_level_two_has_a_border() -> None:
+    layout: dict[str, Any] = dict(tp=2, sequence_parallel=True, adapter_dtype="fp32", dtype="fp32")
+    rows = (2048 + 5632, 1024 + 2816)  # outputs of column linears, inputs of row linears
+    for r, edge in ((16, 16), (12, 16)):
+        added = memory(r, lora_fusion=True, **layout)["frozen weights"] - memory(r, **layout)["frozen weights"]
+        assert added == 4 * 8 * edge * sum(rows) // 2
+    for wider in (dict(sequence_parallel=False), dict(lora_fusion_level="L1")):
+        changed = {**layout, **wider}
+        assert memory(lora_fusion=True, **changed)["frozen weights"] == memory(**changed)["frozen weights"]
+
+
+def test_more_chunks_never_take_more_memory_and_auto_is_counted_as_one() -> None:
+    def activations(**changes: Any) -> int:
+        return memory(tp=2, sequence_parallel=True, lora_fusion=True, **changes)["activations"]
+
+    assert activations() == activations(lora_fusion_chunks=1) >= activations(lora_fusion_chunks=4)
+
+
+@pytest.mark.parametrize("level", ["auto", "L0", "L1", "L2"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_levels_are_those_that_the_adapters_decide(level: str, dtype: str) -> None:
+    """adapters/fused.py decides on megatron-core's modules, the estimate on dimensions alone."""
+    from modellink_lora.adapters.fused import decide
+
+    for column, tp, sp, dropout, whole in itertools.product(
+        [True, False], [1, 2], [True, False], [0.0, 0.1], [True, False]
+    ):
+        kind = ColumnParallelLinear if column else RowParallelLinear
+        base = kind.__new__(kind)
+        torch.nn.Module.__init__(base)
+        base.tp_group, base.sequence_parallel = SimpleNamespace(size=lambda tp=tp: tp), sp
+        base.weight = torch.nn.Parameter(torch.empty(4, 4, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16))
+        decided = decide(base, dropout=dropout, wanted=level, fused_collectives=whole)
+        shapes = plan(
+            tp=tp, sequence_parallel=sp, dtype=dtype, lora_dropout=dropout, lora_fusion=True, lora_fusion_level=level,
+            fused_collectives=whole,
+        ).shapes()  # fmt: skip
+        assert level_of(shapes, column=column) == decided.level
 
 
 @pytest.mark.parametrize(
