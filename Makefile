@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint bench bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -34,6 +34,15 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## LoRA benchmarks on CPU, about 15 minutes on a quiet machine; writes the tables of docs/features
+	$(BIN)/python -m benchmarks.bench_lora_step
+	$(BIN)/python -m benchmarks.bench_lora_linear
+	$(BIN)/python -m benchmarks.tables
+
+bench-gpu: $(INSTALLED)  ## LoRA benchmarks on one GPU; says so if torch sees none
+	$(BIN)/python -m benchmarks.bench_lora_gpu
+	$(BIN)/python -m benchmarks.tables
 
 clean:  ## remove what make and the tools created, .venv included
 	rm -rf .venv build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache

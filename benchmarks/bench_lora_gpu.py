@@ -76,9 +76,7 @@ def linears(options: argparse.Namespace, peers: tuple[str, ...]) -> list[dict[st
                 for _ in range(options.warm_up):
                     for step in steps.values():
                         step()
-                seconds = interleaved(
-                    steps, clock, budget=1e9, least=options.repetitions, most=options.repetitions
-                )
+                seconds = interleaved(steps, clock, budget=1e9, least=options.repetitions, most=options.repetitions)
                 found = ratios(seconds, to="frozen")
                 rows.append({"shape": name, "sizes": [this.tokens, this.inputs, this.outputs], "r": r, "p": p,
                              "peers": found})  # fmt: skip
@@ -109,7 +107,9 @@ def short_steps(options: argparse.Namespace, peers: tuple[str, ...]) -> list[dic
         seconds = interleaved(steps, clock, budget=1e9, least=options.repetitions, most=options.repetitions)
         found = ratios(seconds, to="frozen, eager")
         rows.append({"tokens": tokens, "peers": found})
-        print(f"{tokens} tokens: " + "  ".join(f"{k} {e['seconds'] * 1e6:.0f} us" for k, e in found.items()), flush=True)
+        print(
+            f"{tokens} tokens: " + "  ".join(f"{k} {e['seconds'] * 1e6:.0f} us" for k, e in found.items()), flush=True
+        )
     return rows
 
 
@@ -136,7 +136,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def dram(peers: tuple[str, ...]) -> dict[str, Any]:
-    """GiB that one step of 8192x4096x4096 moves, at p = 0 and 0.1, by NVIDIA's profiler; why not, where it does not run."""
+    """GiB that one step of 8192x4096x4096 moves, by NVIDIA's profiler; the reason where it does not run."""
     ncu = shutil.which("ncu")
     if ncu is None:
         return {"skipped": "ncu was not found"}

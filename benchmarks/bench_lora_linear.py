@@ -1,4 +1,4 @@
-"""One LoRA linear in one process: processor time, operator calls, bytes saved.
+"""One LoRA linear in one process: processor time, operator calls, and bytes kept for backward, those of a layer too.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lora_linear
 
@@ -10,13 +10,13 @@ costs of both sides are proportional.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks import saved
 from benchmarks.counters import Counts
 from benchmarks.harness import cpu_seconds, facts, interleaved, quiet, ratios, write
 from benchmarks.layers import Shape, make_case, start_alone
@@ -87,9 +87,25 @@ def operator_calls() -> dict[str, dict[str, Any]]:
     return found
 
 
+def saved_bytes() -> dict[str, Any]:
+    """What backward needs: by one linear, and by a decoder layer on one rank and on two."""
+    found: dict[str, Any] = {"linear": {}, "layer": {}}
+    start_alone("fake", 1)
+    for p in (0.0, DROPOUT):
+        for name in ("frozen", OURS, "plain", "peft", "peft fp32"):
+            found["linear"].setdefault(name, {})[f"p={p}"] = saved.of_linear(name, p)
+    found["layer"]["1"] = saved.layers(("plain", OURS, f"{OURS} recompute"), (0.0, DROPOUT))
+    dist.destroy_process_group()
+    start_alone("fake", 2)
+    levels = ("L0 recompute", "L1 recompute", "auto", "auto recompute")
+    found["layer"]["2"] = saved.layers(("plain", *levels), (0.0, DROPOUT))
+    dist.destroy_process_group()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=12, help="seconds for each row of the table of times")
+    parser.add_argument("--budget", type=float, default=10, help="seconds for each row of the table of times")
     parser.add_argument("--bf16-part", type=int, default=8, help="bf16 runs with this part of the tokens")
     options = parser.parse_args()
     from modellink_lora.device import get_device
@@ -100,12 +116,11 @@ def main() -> None:
     begun = facts()
     start_alone()
     rows = timings(options)
-    gc.collect()
-    write("lora-linear", {
-        "times": rows, "summary": summary(rows), "calls": operator_calls(), "saved": saved_bytes(),
-        "bf16_part": options.bf16_part,
-    }, begun)  # fmt: skip
+    calls = operator_calls()
     dist.destroy_process_group()
+    write("lora-linear", {
+        "times": rows, "summary": summary(rows), "calls": calls, "saved": saved_bytes(), "bf16_part": options.bf16_part,
+    }, begun)  # fmt: skip
 
 
 if __name__ == "__main__":

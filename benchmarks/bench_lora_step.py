@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_lora_step
 
-Three tables, in benchmarks/results/lora-step.json:
+Writes benchmarks/results/lora-<part>.json:
     counted    collectives and bytes of one micro-batch, on real gloo processes.
     replay     critical path at the sizes of 7B and 70B models on stated accelerators, from the recorded programs.
-    measured   wall time on gloo processes behind an injected link, beside the replay of what was recorded there; and the
-               share of a small update that bf16 keeps.
+    measured   wall time on gloo processes behind an injected link, beside the replay of what was recorded there.
+    survival   share of a small update that bf16 keeps.
 Everything is forward and backward of one micro-batch, and relative to megatron-core's serial frozen layer.
 """
 
@@ -217,7 +217,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="of the measured steps, interleaved")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the measured steps")
+    parser.add_argument("--tokens", type=int, default=512, help="of the measured steps")
     parser.add_argument("--count-tokens", type=int, default=256, help="of the counted steps; bytes are proportional")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
@@ -225,9 +225,9 @@ def main() -> None:
     torch.set_num_threads(1)
     get_device("cpu").activate(0)
     begun = facts()
-    result = {part: PARTS[part](options) for part in options.parts}
+    for part in options.parts:
+        write(f"lora-{part}", {"rows": PARTS[part](options)}, begun)
     close_all()
-    write("lora-step", result, begun)
 
 
 if __name__ == "__main__":

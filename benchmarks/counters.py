@@ -6,14 +6,17 @@ mode sees them beside ATen's own operators, in forward and in backward. Time is 
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork, ProcessGroup, Work, _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -50,7 +53,62 @@ class Collective:
         return self.payload if passes is None else passes * self.payload * (self.ranks - 1) // self.ranks
 
 
-class Counts(TorchDispatchMode):
+class Watching(TorchDispatchMode):
+    """Tells a subclass of kernels and collectives, and of waits for collectives.
+
+    What a back end does to finish a collective, such as gloo's copy of a sum into its place, is part of the collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._finishing = False
+        # the handles of a group that does not exist have a `wait` of their own
+        self._patches = [patch.object(kind, "wait", _told(self, kind.wait)) for kind in (Work, FakeWork)]
+
+    def kernel(self, function: Any, args: Any, kwargs: Any, result: Any, seconds: float) -> None:
+        """An operator on elements ran."""
+
+    def launched(self, collective: Collective, work: Any, begin: float) -> None:
+        """A collective was started at time `begin`; `work` is the object that its caller may wait for."""
+
+    def waited(self, work: Any) -> None:
+        """Somebody waited for a collective, and it is done."""
+
+    def __enter__(self) -> Self:
+        for one in self._patches:
+            one.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for one in self._patches:
+            one.stop()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        begin = time.perf_counter()
+        result = function(*args, **(kwargs or {}))
+        if is_collective(function):
+            self.launched(collective_of(function, args, result), work_of(result), begin)
+        elif is_kernel(function) and not self._finishing:
+            self.kernel(function, args, kwargs or {}, result, time.perf_counter() - begin)
+        return result
+
+
+def _told(watching: Watching, original: Callable[..., bool]) -> Callable[..., bool]:
+    def wait(work: Any, *args: Any) -> bool:
+        watching._finishing = True
+        try:
+            finished = original(work, *args)
+        finally:
+            watching._finishing = False
+        watching.waited(work)
+        return finished
+
+    return wait
+
+
+class Counts(Watching):
     """While it is on: `kernels`, calls by operator name, and `collectives` in order."""
 
     def __init__(self) -> None:
@@ -58,13 +116,11 @@ class Counts(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.collectives: list[Collective] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if is_collective(function):
-            self.collectives.append(collective_of(function, args, result))
-        elif is_kernel(function):
-            self.kernels[name_of(function)] += 1
-        return result
+    def kernel(self, function: Any, args: Any, kwargs: Any, result: Any, seconds: float) -> None:
+        self.kernels[name_of(function)] += 1
+
+    def launched(self, collective: Collective, work: Any, begin: float) -> None:
+        self.collectives.append(collective)
 
     @property
     def calls(self) -> int:
@@ -149,13 +205,19 @@ def collective_of(function: Any, args: Any, result: Any) -> Collective:
 
 def ranks_of(args: Any) -> int:
     """Size of the process group among the arguments; functional collectives name theirs."""
-    from torch._C._distributed_c10d import ProcessGroup, _resolve_process_group
-
     for value in args:
         if isinstance(value, torch.ScriptObject) and value._type().name() == "ProcessGroup":
             return int(ProcessGroup.unbox(value).size())
     names = [value for value in args if isinstance(value, str)]
     return int(_resolve_process_group(names[-1]).size()) if names else 1
+
+
+def work_of(result: Any) -> Any:
+    """The handle among a collective's results, the very object that torch.distributed gives its caller."""
+    for value in result if isinstance(result, tuple | list) else (result,):
+        if isinstance(value, torch.ScriptObject):
+            return Work.unbox(value)
+    return None
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

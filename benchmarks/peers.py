@@ -83,10 +83,7 @@ class _CCLora(torch.autograd.Function):
         scaled = a * layer.scaling  # [r, i]
         low = x @ scaled.t()  # [s(/t), b, r]
         entry, leave = layer.moves
-        if layer.merges:
-            weight = layer.weight + (b @ scaled).to(layer.weight.dtype)
-        else:
-            weight = layer.weight
+        weight = layer.weight + (b @ scaled).to(layer.weight.dtype) if layer.merges else layer.weight
         # columns need S of all tokens in forward; merged ones only for dB, and gather it there
         small, work = entry(low, group) if column and not layer.merges else (low, _Nothing())
         if not column:  # summed over ranks: for Y, or when merged for dB only
@@ -206,8 +203,8 @@ def _with_samples(layer: torch.nn.Module) -> torch.nn.Module:
 def build(name: str, shape: Shape, group: Any, device: str = "cpu", *, std: float = 0.01) -> torch.nn.Module:
     """A layer by name: frozen, plain, cclora, merged, peft, peft fp32 (its adapters' dtype), or ours.
 
-    Ours is a level, L0, L1, L2, auto, or "L2/L0" for column/row, then "c2" or "c4" for chunks and "recompute" for inputs
-    that are made again in backward.
+    Ours is a level, L0, L1, L2, auto, or "L2/L0" for column/row, then "c2" or "c4" for chunks and "recompute" for
+    inputs that are made again in backward.
     """
     torch.manual_seed(7)
     base = make_base(shape, group, device)
@@ -223,6 +220,4 @@ def build(name: str, shape: Shape, group: Any, device: str = "cpu", *, std: floa
     levels, *options = name.split()
     level = levels.split("/")[-1 if shape.kind == "row" else 0]
     chunks = next((int(option[1:]) for option in options if option in ("c1", "c2", "c4")), 1)
-    return fused(
-        base, a, b, shape, level=level, chunks=chunks, recompute_inputs="recompute" in options, device=device
-    )
+    return fused(base, a, b, shape, level=level, chunks=chunks, recompute_inputs="recompute" in options, device=device)

@@ -7,18 +7,14 @@ tensors and a process group whose other ranks do not exist) an operator's cost f
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork, Work
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counters import Collective, collective_of, is_collective, is_kernel, name_of, nbytes, tensors
+from benchmarks.counters import Collective, Watching, name_of, nbytes, tensors
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_"
 WRITES_ONLY = frozenset({"copy_", "zero_", "fill_"})  # their first argument is not read
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Watching):
     """`events` of what runs while it is on."""
 
     def __init__(self) -> None:
@@ -60,56 +56,20 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self._works: dict[int, tuple[Any, int]] = {}  # id of a Work: itself, kept so that the id stays its own; number
         self._number = 0
-        # the handle of a group that does not exist has a `wait` of its own
-        self._patches = [patch.object(kind, "wait", _noting(self, kind.wait)) for kind in (Work, FakeWork)]
 
-    def __enter__(self) -> Recorder:
-        for one in self._patches:
-            one.start()
-        super().__enter__()
-        return self
+    def kernel(self, function: Any, args: Any, kwargs: Any, result: Any, seconds: float) -> None:
+        name = name_of(function)
+        traffic = traffic_of(name, args, kwargs, result)
+        self.events.append(Operation(name, flops_of(name, args, result), traffic, seconds))
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for one in self._patches:
-            one.stop()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        begin = time.perf_counter()
-        result = function(*args, **(kwargs or {}))
-        seconds = time.perf_counter() - begin
-        if is_collective(function):
-            self._number += 1
-            self.events.append(Launch(self._number, collective_of(function, args, result)))
-            work = work_of(result)
-            if work is not None:
-                self._works[id(work)] = work, self._number
-        elif is_kernel(function):
-            self.events.append(Operation(
-                name_of(function), flops_of(name_of(function), args, result),
-                traffic_of(name_of(function), args, kwargs or {}, result), seconds,
-            ))  # fmt: skip
-        return result
+    def launched(self, collective: Collective, work: Any, begin: float) -> None:
+        self._number += 1
+        self.events.append(Launch(self._number, collective))
+        self._works[id(work)] = work, self._number
 
     def waited(self, work: Any) -> None:
         if id(work) in self._works:
             self.events.append(Wait(self._works[id(work)][1]))
-
-
-def _noting(recorder: Recorder, original: Callable[..., bool]) -> Callable[..., bool]:
-    def wait(work: Any, *args: Any) -> bool:
-        recorder.waited(work)
-        return original(work, *args)
-
-    return wait
-
-
-def work_of(result: Any) -> Any:
-    """The handle among a collective's results, the very object that torch.distributed gives its caller."""
-    for value in result if isinstance(result, tuple | list) else (result,):
-        if isinstance(value, torch.ScriptObject):
-            return Work.unbox(value)
-    return None
 
 
 def flops_of(name: str, args: Any, result: Tensor) -> int:

@@ -42,7 +42,9 @@ def survival(kind: str, names: tuple[str, ...], tokens: int, width: int) -> dict
             kept = share(layer(x), frozen(x), delta)
             if name == "merged":
                 change = (weight + (b @ (a * shape.scaling)).to(weight.dtype)).double() - weight.double()
-                branch = summed(shape, x.double() @ change.t()) if kind == "row" else whole(shape, x).double() @ change.t()
+                branch = (
+                    summed(shape, x.double() @ change.t()) if kind == "row" else whole(shape, x).double() @ change.t()
+                )
             else:
                 weight.zero_()
                 branch = layer(x).double()

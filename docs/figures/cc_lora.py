@@ -121,7 +121,7 @@ def product(left: float, right: float, y: float, lines: Sequence[str], *, back: 
 def direction(path: str, top: float, words: dict[str, str], *, back: bool) -> list[str]:
     """Both linears on both ranks, forward or backward."""
     border, said = (float(GAP) if path == "plain" else 0.0), FORMULAS[path]
-    wide, low, name_in, name_out = ("dY", "U", "dX", "dV") if back else ("X", "S", "Y", "V")
+    gathered, low, summed = ("dY", "U", "dX") if back else ("X", "S", "Y")
     drawn = []
     for rank in (0, 1):
         y = top + LANE * (rank + 0.5)
@@ -142,9 +142,9 @@ def direction(path: str, top: float, words: dict[str, str], *, back: bool) -> li
         for left, right in ((INPUT + (WIDE if back else edge), FIRST), (FIRST + 52, WHOLE),
                             (PARTIAL + edge, SECOND), (SECOND + 52, OUTPUT)):  # fmt: skip
             drawn.append(arrow(*((right - 1, left + 6) if back else (left + 2, right - 5)), y))
-        first, second = ("dfirst", "dsecond") if back else ("first", "second")
-        drawn += product(WHOLE + edge, MIDDLE, y, (of(first, 0), of(first, 1)), back=back)
-        drawn += product(ACTED + CUT, PARTIAL, y, (of(second, 0), of(second, 1)), back=back)
+        d = "d" * back
+        drawn += product(WHOLE + edge, MIDDLE, y, (of(f"{d}first", 0), of(f"{d}first", 1)), back=back)
+        drawn += product(ACTED + CUT, PARTIAL, y, (of(f"{d}second", 0), of(f"{d}second", 1)), back=back)
         acted = (ACTED - 3, MIDDLE + CUT + 6) if back else (MIDDLE + CUT + 3, ACTED - 6)
         drawn += [arrow(*acted, y), text((MIDDLE + CUT + ACTED) / 2, y - 6, words["act"], size=10)]
         at_input, at_output = (of("ddown"), of("dup")) if back else (of("down"), of("up"))
@@ -155,13 +155,10 @@ def direction(path: str, top: float, words: dict[str, str], *, back: bool) -> li
                   text(PARTIAL + WIDE / 2, y + 4, "dY" if back else "Y", size=12),
                   text(MIDDLE + CUT / 2, y + 4, f"{'dV' if back else 'V'}_{rank}", size=11),
                   text(ACTED + CUT / 2, y + 4, f"{'dZ' if back else 'Z'}_{rank}", size=11)]  # fmt: skip
-    gather, scatter = words["gather"], words["scatter"]
-    if back:
-        drawn += link(FIRST, top, scatter, name_in, low, border=border)
-        drawn += link(SECOND, top, gather, wide, f"{low}'", border=border)
-    else:
-        drawn += link(FIRST, top, gather, wide, low, border=border)
-        drawn += link(SECOND, top, scatter, name_in, f"{low}'", border=border)
+    gather, scatter = (words["gather"], gathered), (words["scatter"], summed)
+    first, second = (scatter, gather) if back else (gather, scatter)
+    drawn += link(FIRST, top, *first, low, border=border)
+    drawn += link(SECOND, top, *second, f"{low}'", border=border)
     return drawn
 
 

@@ -25,7 +25,7 @@ PACKAGE = "modellink_lora"  # the logger above all of ours
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """One table on standard output, plain on a pipe. Under a header, a last column that begins as a number is right-aligned."""
+    """One table on standard output, plain on a pipe. Under a header, numbers in the last column are right-aligned."""
     table = Table(title=title, show_header=bool(header), title_justify="left")
     for index in range(len(rows[0])):
         last = bool(header) and index == len(rows[0]) - 1 and rows[0][-1].lstrip()[:1].isdigit()

@@ -82,6 +82,13 @@ def test_a_right_setup_passes_against_layouts_and_peft(
 
 
 @pytest.mark.slow
+def test_the_fused_path_is_compared_with_the_plain_one(base: Path) -> None:
+    (good, told), _ = run(verify_here, world_size=2, base=str(base), against=(), steps=2, lora_fusion=True)
+    assert good, told
+    assert ", plain " in told
+
+
+@pytest.mark.slow
 def test_the_distributed_optimizer_is_compared_with_the_plain_one(base: Path) -> None:
     shared = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
     (good, told), _ = run(verify_here, world_size=2, base=str(base), against=(), steps=2, parallel={}, **shared)
