@@ -13,9 +13,8 @@ Everything is forward and backward of one micro-batch, and relative to megatron-
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -154,24 +153,23 @@ def behind_link(names: tuple[str, ...], link: Link, tokens: int, rounds: int) ->
             return wall_seconds(step)
 
     seconds = interleaved(steps, clock, budget=1e9, least=rounds, most=rounds)
-    replays = {name: replay(median_of(step, rounds), as_recorded, link) for name, step in steps.items()}
-    return {"seconds": seconds, "replay": replays}
-
-
-def median_of(step: Callable[[], object], rounds: int) -> list[Event]:
-    """One recording, in which every operation took the median of its times in several."""
-    recordings = []
+    recordings: dict[str, list[list[Event]]] = {name: [] for name in names}
     for _ in range(max(3, rounds // 2)):
-        dist.barrier()
-        recordings.append(record(step))
-    return [_median(same) for same in zip(*recordings, strict=True)]
+        for name, step in steps.items():
+            dist.barrier()
+            recordings[name].append(record(step))
+    return {
+        "seconds": seconds,
+        "replay": {name: replay(quickest(recordings[name]), as_recorded, link) for name in names},
+    }
 
 
-def _median(same: tuple[Event, ...]) -> Event:
-    first = same[0]
-    if not isinstance(first, Operation):
-        return first
-    return Operation(first.name, first.flops, first.traffic, statistics.median(other.seconds for other in same))
+def quickest(recordings: list[list[Event]]) -> list[Event]:
+    """One recording, in which every operation took the least of its times: what else the machine did is left out."""
+    return [
+        replace(same[0], seconds=min(other.seconds for other in same)) if isinstance(same[0], Operation) else same[0]
+        for same in zip(*recordings, strict=True)
+    ]
 
 
 def measured(tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -217,7 +215,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="of the measured steps, interleaved")
-    parser.add_argument("--tokens", type=int, default=512, help="of the measured steps")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the measured steps")
     parser.add_argument("--count-tokens", type=int, default=256, help="of the counted steps; bytes are proportional")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
