@@ -83,7 +83,7 @@ FUSED_MUTANTS = {
         ("multiply(gathered, wide, into)", "multiply(gathered[..., :o], wide[:o], into)"),  # row under SP, L2
         ("multiply(U, A, into)", "into.zero_()"),  # L0
     ],
-    "no scaling": [("layer.scale", "1.0"), ("ctx.scale", "1.0")],
+    "no scaling": [("layer.scale", "1.0")],
     "rows of chunks in the order they arrive": [
         ("block(out, t, rows)", "out.view(-1, t, len(gathered[0]), out.shape[1])[rows.start // len(gathered[0])]"),
     ],
