@@ -9,9 +9,7 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 
 _EXPERTS = "mixture-of-experts models are not available in this version; leave the flag out"
-_VIRTUAL = "virtual pipeline stages are not available in this version; spread layers with --num-layer-list"
 REFUSED = {
-    "num-layers-per-virtual-pipeline-stage": _VIRTUAL,
     "moe-grouped-gemm": _EXPERTS,
     "num-experts": _EXPERTS,
     "post-norm": "models with norms after their sublayers (Gemma 2) are not available in this version",
@@ -23,7 +21,6 @@ ACCEPTED = {
     "model-type": only("GPT", "only GPT models can be converted"),
     "target-expert-parallel-size": only(1, _EXPERTS),
     "target-expert-model-parallel-size": only(1, _EXPERTS),
-    "w-pack": only("False", "packed W_pack weights (Baichuan) are not available in this version"),
     "tokenizer-model": Accepted(1, "tokenizer files are copied with the model's other files"),
     "vocab-file": Accepted(1, "tokenizer files are copied with the model's other files"),
     "true-vocab-size": Accepted(1, "the vocabulary is read from config.json or the checkpoint"),
