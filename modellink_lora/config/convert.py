@@ -88,6 +88,8 @@ class ConvertConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
+        if self.verify_logits is not None and self.target not in ("hf", "mg"):
+            raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
         if self.target != "mg":

@@ -60,6 +60,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
         elif Path(convert.lora_load).resolve() != source.files.root.resolve():
             notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
     adapter = open_merge(convert, lora_flags, lambda: source.config)
+    if convert.verify_logits is not None and adapter is None:
+        raise UserError(
+            "--verify-logits compares base + adapter with the merged model: name the adapter by --lora-load"
+        )
     _check_places(convert)
     for note in [*notes, *(adapter.notes if adapter else ())]:
         say(f"note: {note}")

@@ -12,7 +12,7 @@ from modellink_lora.checkpoint.adapter import base_fingerprint
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.build import RandomWeights
+from modellink_lora.models.build import RandomWeights, Weights
 from modellink_lora.models.families import family_of
 from modellink_lora.models.family import Family
 
@@ -23,7 +23,7 @@ class Base:
 
     config: ModelConfig  # vocabulary padded for this run
     family: Family
-    weights: RankFiles | RandomWeights
+    weights: Weights
     root: Path | None
 
     def fingerprint(self) -> str | None:
