@@ -1,4 +1,4 @@
-"""Writes the tables of the CCLoRA pages from benchmarks/results, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Writes the tables of the CCLoRA pages and of docs/formats.md from benchmarks/results, between `<!-- table: NAME -->` and `<!-- end -->`.
 
     python -m benchmarks.tables
 
@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "features"
 PAGES = {"en": DOCS / "cc_lora.md", "zh": DOCS / "cc_lora.zh-CN.md"}
 MARKER = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+FORMATS = DOCS.parent / "formats.md"
 WORDS = {  # what is not a number or a name: English: Chinese
     "peer": "对象", "collectives": "集合通信次数", "of its own": "其中 LoRA 自有",
     "LoRA bytes / base": "LoRA 字节 / 基座",
@@ -135,6 +136,20 @@ def gpu_dram(data: dict[str, Any]) -> Table:
     ]
 
 
+def conversion(data: dict[str, Any]) -> Table:
+    head = ["model", "case", "seconds", "over cp", "CPU seconds", "anonymous MB", "repetitions"]
+    rows = []
+    for size, result in data["sizes"].items():
+        for case, entry in result["cases"].items():
+            rows.append([
+                size, case, f"{entry['seconds']:.1f}", f"{entry['ratio']:.2f}", f"{entry['cpu']:.1f}",
+                f"{entry['anonymous'] / 1e6:.0f}", str(entry["repetitions"]),
+            ])  # fmt: skip
+        rows.append([size, "goal", "", ", ".join(f"{case} {ratio:g}" for case, ratio in result["goals"].items()), "",
+                     f"{result['memory_goal'] / 1e6:.0f}", ""])  # fmt: skip
+    return head, rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {  # marker: result file, maker
     "collectives": ("lora-counted", collectives),
     "replay-sp": ("lora-replay", lambda data: replay(data, True)),
@@ -145,6 +160,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {  # marker: 
     "aten-calls": ("lora-linear", calls),
     "saved-linear": ("lora-linear", saved_linear),
     "saved-layer": ("lora-linear", saved_layer),
+    "conversion": ("convert", conversion),
     "gpu-linear": ("lora-gpu", gpu),
     "gpu-short": ("lora-gpu", gpu_short),
     "gpu-dram": ("lora-gpu", gpu_dram),
@@ -186,7 +202,7 @@ def filled(text: str, language: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    for language, page in PAGES.items():
+    for language, page in [*PAGES.items(), ("en", FORMATS)]:
         page.write_text(filled(page.read_text(encoding="utf-8"), language), encoding="utf-8")
         print(f"written: {page}")
 

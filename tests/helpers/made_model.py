@@ -27,13 +27,41 @@ class Dimensions:
 
 
 def made_model(folder: Path, size: Dimensions, *, seed: int = 0) -> Path:
-    """Write config.json and model.safetensors; every value is random, every bit pattern of a value's dtype possible."""
+    """Write config.json and model.safetensors; every value is random."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 0.05).to(size.dtype) for name, shape in shapes(size).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_config(folder, size)
+    return folder
+
+
+def made_sharded_model(folder: Path, size: Dimensions, *, tensors_a_file: int = 60, seed: int = 0) -> Path:
+    """The same in several files, for models that no memory should have to hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    all_, where = list(shapes(size).items()), {}
+    groups = [all_[start : start + tensors_a_file] for start in range(0, len(all_), tensors_a_file)]
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {name: (torch.randn(shape, generator=generator) * 0.05).to(size.dtype) for name, shape in group}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    _write_config(folder, size)
+    return folder
+
+
+def shapes(size: Dimensions) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor."""
     h, q, kv = size.hidden, size.heads * size.head_dim, size.groups * size.head_dim
-    shapes = {"model.embed_tokens.weight": (size.vocab, h), "model.norm.weight": (h,)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size.vocab, h), "model.norm.weight": (h,)}
     if not size.tied:
-        shapes["lm_head.weight"] = (size.vocab, h)
+        found["lm_head.weight"] = (size.vocab, h)
     for layer in range(size.layers):
-        shapes |= {
+        found |= {
             f"model.layers.{layer}.{name}.weight": shape
             for name, shape in {
                 "input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (q, h),
@@ -43,17 +71,16 @@ def made_model(folder: Path, size: Dimensions, *, seed: int = 0) -> Path:
         }  # fmt: skip
         if size.family == "qwen2":
             rows = {"q": q, "k": kv, "v": kv}
-            shapes |= {f"model.layers.{layer}.self_attn.{p}_proj.bias": (rows[p],) for p in rows}
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: (torch.randn(shape, generator=generator) * 0.05).to(size.dtype) for name, shape in shapes.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            found |= {f"model.layers.{layer}.self_attn.{p}_proj.bias": (rows[p],) for p in rows}
+    return found
+
+
+def _write_config(folder: Path, size: Dimensions) -> None:
     config = {
-        "model_type": size.family, "architectures": ["LlamaForCausalLM"], "vocab_size": size.vocab, "hidden_size": h,
-        "intermediate_size": size.ffn, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-        "num_key_value_heads": size.groups, "head_dim": size.head_dim, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": size.tied, "hidden_act": "silu",
-        "torch_dtype": str(size.dtype).removeprefix("torch."),
+        "model_type": size.family, "architectures": ["LlamaForCausalLM"], "vocab_size": size.vocab,
+        "hidden_size": size.hidden, "intermediate_size": size.ffn, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.groups, "head_dim": size.head_dim,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": size.tied, "hidden_act": "silu", "torch_dtype": str(size.dtype).removeprefix("torch."),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
