@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-gpu clean
+.PHONY: help demo test test-slow lint bench bench-convert bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -38,6 +38,10 @@ lint: $(INSTALLED)  ## ruff and mypy
 bench: $(INSTALLED)  ## LoRA benchmarks on CPU, about 15 minutes on a quiet machine; writes the tables of docs/features
 	$(BIN)/python -m benchmarks.bench_lora_step
 	$(BIN)/python -m benchmarks.bench_lora_linear
+	$(BIN)/python -m benchmarks.tables
+
+bench-convert: $(INSTALLED)  ## conversion against cp, on a generated model of 1.8 GB in /tmp; writes the table of docs/formats.md
+	$(BIN)/python -m benchmarks.bench_convert --folder /tmp
 	$(BIN)/python -m benchmarks.tables
 
 bench-gpu: $(INSTALLED)  ## LoRA benchmarks on one GPU; says so if torch sees none

@@ -1,4 +1,4 @@
-"""Writes the tables of the CCLoRA pages and of docs/formats.md from benchmarks/results, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Writes the tables of the CCLoRA pages and of docs/formats.md from benchmarks/results, between table marks.
 
     python -m benchmarks.tables
 

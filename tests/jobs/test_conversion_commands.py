@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def test_the_scripts_of_both_directions(place: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert equal(place / "model_from_hf/llama-2-7b-hf/mg2hg", place / "expected/mg2hg")
     assert open_rank_files(place / "model_weights/llama-2-7b-lora2legacy").spelling == "legacy"
+
+
+def test_logits_before_and_after_merging_are_compared(place: Path) -> None:
+    words = [*shlex.split(TO_HF), "--params-dtype", "fp32", "--verify-logits", "3,1,4,1,5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(ROOT / "convert_ckpt.py"), *words], env=environment, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("logits of 5 tokens"))
+    gap, reach = map(float, re.findall(r"(?:difference|reach) ([\d.e+-]+)", line))
+    assert 0 <= gap < 1e-4 * reach and "the same best token at 5 of 5 positions" in line
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen", "chatglm3"])

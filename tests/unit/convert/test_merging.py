@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from modellink_lora.config.errors import UserError
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
+from tests.helpers.foreign import make_foreign
 from tests.helpers.tiny import tiny_model
 
 
@@ -91,3 +93,35 @@ def test_a_merge_that_leaves_the_range_of_fp16_names_the_tensor(model: tuple[Pat
     adapter = random_adapter(tmp_path / "adapter", model[0], alpha=1e7)
     with pytest.raises(UserError, match=r"decoder\.layers\.0\.self_attention\.linear_qkv\.weight: .* does not fit"):
         convert(model[0], tmp_path / "out", to="mg", lora_load=str(adapter), params_dtype="fp16")
+
+
+@pytest.mark.parametrize("tp, pp, vpp", [(2, 1, 1), (2, 2, 2)])
+def test_base_and_adapter_need_not_have_one_layout(tp: int, pp: int, vpp: int, tmp_path: Path) -> None:
+    foreign = make_foreign(tmp_path)
+    hf = tmp_path / "whole"
+    convert(foreign.mg, hf, to="hf", lora_load=str(foreign.own))
+    ranks = foreign.modellink(tmp_path / "ranks", tp=tp, pp=pp, vpp=vpp, legacy=True)
+    convert(foreign.mg, tmp_path / "base", to="mg", target_pipeline_parallel_size=2,
+            num_layers_per_virtual_pipeline_stage=1, use_mcore_models=True)  # fmt: skip
+    convert(tmp_path / "base", tmp_path / "out", to="hf", lora_load=str(ranks))
+    found, expected = hf_tensors(tmp_path / "out/mg2hg"), hf_tensors(hf / "mg2hg")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_report_tells_what_each_weight_became(model: tuple[Path, Path], tmp_path: Path) -> None:
+    convert(model[0], tmp_path / "out", to="hf", lora_load=str(model[1]))
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())["weights"]
+    before, after = hf_tensors(model[0]), hf_tensors(tmp_path / "out/mg2hg")
+    name = "model.layers.1.mlp.down_proj.weight"
+    row = report["decoder.layers.1.mlp.linear_fc2.weight"]
+    change = (after[name].double() - before[name].double()).abs().max().item()
+    assert len(report) == 8 and row["max_change"] == pytest.approx(change, rel=0.02)
+    assert 0 < row["rounding_over_update"] < 0.02 and row["max_rounding"] <= 2.0**-8 * after[name].abs().max()
+
+
+def test_a_merge_into_a_sharded_checkpoint_is_reported_once(model: tuple[Path, Path], tmp_path: Path) -> None:
+    for tp in (1, 2):
+        convert(model[0], tmp_path / str(tp), to="mg", lora_load=str(model[1]), target_tensor_parallel_size=tp,
+                verify=True)  # fmt: skip
+    one, two = (json.loads((tmp_path / f"{tp}/merge_report.json").read_text())["weights"] for tp in (1, 2))
+    assert one.keys() == two.keys() and all(one[name] == pytest.approx(two[name]) for name in one)
