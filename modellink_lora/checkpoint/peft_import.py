@@ -2,8 +2,9 @@
 
 PEFT adapts q, k and v (and gate and up) one by one, so each has its own A and scaling; a fused linear has one A [r, in]
 and one B [out, r]. The different A's are stacked, and each projection's B fills the columns of its own A and zeros
-elsewhere: B A is then row for row what PEFT adds. A's that are equal bit for bit are kept once.
-Letters: r rank of one projection, R of the fused factor.
+elsewhere: B A is then row for row what PEFT adds. A's that are equal bit for bit are kept once. blocks.py says where
+each projection lies, so that exporting gives the same tensors again. Letters: r rank of one projection, R of the fused
+factor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta
+from modellink_lora.checkpoint.blocks import Block, PeftOrigin, put_together_a, put_together_b
 from modellink_lora.checkpoint.names import TARGETS
 from modellink_lora.checkpoint.peft import CONFIG, TENSORS
 from modellink_lora.config.adapter import LoraConfig
@@ -40,6 +42,7 @@ _HARMLESS = {
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size",
     "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "ensure_weight_tying",
 }  # fmt: skip
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' names
 # Other ways of starting change the base's weights as well.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -53,23 +56,29 @@ class _Part:
     r: int
     alpha: float
     scaling: float
+    dtypes: tuple[str, str]  # of lora_A and lora_B
 
 
 @dataclass(frozen=True)
 class _Fused:
-    """One of our linears: what PEFT has of each projection, and where each A begins in the fused one."""
+    """One of our linears: what PEFT has of each projection, and where it lies in the fused factors."""
 
     layout: Layout
     rows: tuple[int, ...]  # of each projection
     parts: tuple[_Part | None, ...]
-    starts: tuple[int, ...]  # row of the fused A at which a projection's begins
+    blocks: tuple[Block | None, ...]
     r: int
     alpha: float
     scaling: float
 
-    def fold(self, part: _Part) -> float:
-        """What B is multiplied by so that one scaling does for the whole linear."""
-        return part.scaling / self.scaling
+    @property
+    def is_plain(self) -> bool:
+        """Whether the projections differ in nothing but their rows of B, as ours do."""
+        return len(set(self.blocks)) == 1
+
+    @property
+    def is_folded(self) -> bool:
+        return any(not math.isclose(part.scaling, self.scaling, rel_tol=1e-12) for part in self.parts if part)
 
 
 def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None) -> Adapter:
@@ -87,17 +96,17 @@ def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            kinds = {file.get_slice(name).get_dtype() for name in found}
+            kinds = {name: file.get_slice(name).get_dtype() for name in found}
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: damaged or cut short ({error})") from None
-    if strange := sorted(kinds - {"F32", "F16", "BF16"}):
+    if strange := sorted(set(kinds.values()) - _DTYPES.keys()):
         raise UserError(f"{folder / TENSORS}: holds tensors of dtype {strange[0]}; F32, BF16 and F16 are supported")
 
     def load(part: _Part, factor: str) -> Tensor:
         with safe_open(folder / TENSORS, framework="pt") as file:
             return file.get_tensor(f"base_model.model.{part.name}.lora_{factor}.weight")
 
-    parts = _parts(folder, found, settings, config)
+    parts = _parts(folder, found, kinds, settings, config)
     targets = tuple(name for name in TARGETS if name in {module.rsplit(".", 1)[-1] for module in parts})
     rslora = bool(settings.get("use_rslora"))
     fused = {module: _fuse(module, held, config, load, rslora=rslora) for module, held in parts.items()}
@@ -115,9 +124,13 @@ def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None
             return kaiming_uniform(name, shapes[name], seed=0) if factor == "lora_A" else torch.zeros(shapes[name])
         return _fused_a(fused[module], load) if factor == "lora_A" else _fused_b(fused[module], load)
 
-    folded = [m for m, x in fused.items() if any(p and x.fold(p) != 1.0 for p in x.parts)]
-    lora = _lora(settings, targets, fused, bare, wide="F32" in kinds or bool(folded))
-    meta = AdapterMeta(lora, config, None, 0)
+    folded = [m for m, x in fused.items() if x.is_folded]
+    lora = _lora(settings, targets, fused, bare, wide="F32" in kinds.values() or bool(folded))
+    origin = None
+    if bare or not all(x.is_plain for x in fused.values()):
+        missing = {m: (None,) * len(family_of(config.hf_model_type).tensor(f"{m}.weight", config).hf) for m in bare}
+        origin = PeftOrigin(settings, {m: x.blocks for m, x in fused.items()} | missing)
+    meta = AdapterMeta(lora, config, None, 0, peft=origin)
     return Adapter(folder, meta, shapes, ORIGIN, _notes(folder, fused, bare, folded), read)
 
 
@@ -149,7 +162,11 @@ def _settings(folder: Path, flag: str) -> dict[str, Any]:
 
 
 def _parts(
-    folder: Path, found: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], config: ModelConfig
+    folder: Path,
+    found: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, str],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
 ) -> dict[str, list[_Part | None]]:
     """Our module -> what PEFT has of each of its projections. Every tensor of the file must find its place."""
     places = {}
@@ -179,7 +196,8 @@ def _parts(
             if not alpha > 0:
                 raise UserError(f"{folder / CONFIG}: the alpha {alpha:g} of {hf} is not above 0")
             scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
-            parts.setdefault(module, [None] * count)[index] = _Part(hf, r, alpha, scaling)
+            dtypes = tuple(_DTYPES[kinds[f"base_model.model.{hf}.lora_{x}.weight"]] for x in "AB")
+            parts.setdefault(module, [None] * count)[index] = _Part(hf, r, alpha, scaling, (dtypes[0], dtypes[1]))
     if not parts:
         raise UserError(f"{folder / TENSORS}: holds no tensors")
     return parts
@@ -218,45 +236,37 @@ def _fuse(
     rslora: bool,
 ) -> _Fused:
     """Place the projections' A's one below the other, equal ones of equal scaling on top of each other."""
-    blocks: list[tuple[Tensor, float, int]] = []  # (A, scaling, first row)
-    starts, r = [], 0
+    kept: list[tuple[Tensor, int]] = []  # (A, first row)
+    blocks: list[Block | None] = []
+    r = 0
     for part in parts:
         if part is None:
-            starts.append(0)
+            blocks.append(None)
             continue
         a = load(part, "A")
-        same = [start for other, scaling, start in blocks if scaling == part.scaling and torch.equal(other, a)]
-        starts.append(same[0] if same else r)
+        same = [start for other, start in kept if other.dtype == a.dtype and torch.equal(other, a)]
+        blocks.append(Block(same[0] if same else r, part.r, part.alpha, part.dtypes))
         if not same:
-            blocks.append((a, part.scaling, r))
+            kept.append((a, r))
             r += part.r
     layout = family_of(config.hf_model_type).tensor(f"{module}.weight", config).layout
     blank = torch.empty(full_shape(f"{module}.weight", config), device="meta")
     rows = tuple(piece.shape[0] for piece in layout.split(blank))
     first = next(part for part in parts if part)  # its scaling is the whole linear's, with the alpha that gives it
     alpha = first.alpha if r == first.r else first.alpha * (math.sqrt(r / first.r) if rslora else r / first.r)
-    return _Fused(layout, rows, tuple(parts), tuple(starts), r, alpha, first.scaling)
+    return _Fused(layout, rows, tuple(parts), tuple(blocks), r, alpha, alpha / (math.sqrt(r) if rslora else r))
 
 
 def _fused_a(x: _Fused, load: Callable[[_Part, str], Tensor]) -> Tensor:
     """[R, in]"""
-    at = {start: part for part, start in zip(x.parts, x.starts, strict=True) if part}
-    return torch.cat([load(at[start], "A") for start in sorted(at)])
+    at = {block.start: part for part, block in zip(x.parts, x.blocks, strict=True) if part and block}
+    return put_together_a({start: load(part, "A") for start, part in at.items()})
 
 
 def _fused_b(x: _Fused, load: Callable[[_Part, str], Tensor]) -> Tensor:
     """[out, R], rows in the order of the fused weight"""
     factors = [load(part, "B") if part else None for part in x.parts]  # [out of the projection, r]
-    if any(part and x.fold(part) != 1.0 for part in x.parts):
-        factors = [b if b is None else b.float() for b in factors]
-    dtype = max((b.dtype for b in factors if b is not None), key=lambda dtype: dtype.itemsize)
-    blocks = []
-    for part, start, rows, b in zip(x.parts, x.starts, x.rows, factors, strict=True):
-        block = torch.zeros(rows, x.r, dtype=dtype)
-        if part is not None and b is not None:
-            block[:, start : start + part.r] = b if x.fold(part) == 1.0 else b.double() * x.fold(part)
-        blocks.append(block)
-    return x.layout.fuse(blocks)
+    return put_together_b(factors, x.blocks, x.layout, rows=x.rows, r=x.r)
 
 
 def _lora(
@@ -287,18 +297,18 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 def _notes(folder: Path, fused: Mapping[str, _Fused], bare: list[str], folded: list[str]) -> tuple[str, ...]:
     """What differs from the adapter as PEFT would go on training it."""
     notes = []
-    own = {m.rsplit(".", 1)[-1]: x.r for m, x in fused.items() if len(set(x.starts)) > 1}
+    own = {m.rsplit(".", 1)[-1]: x.r for m, x in fused.items() if len({block.start for block in x.blocks if block}) > 1}
     if own:
         what = ", ".join(f"{kind} of rank {r}" for kind, r in own.items())
-        notes.append(f"{folder}: projections with a lora_A of their own are kept side by side in {what}; the same "
-                     "function, but training on may mix them")  # fmt: skip
+        notes.append(f"{folder}: projections with a lora_A of their own are kept side by side in {what}; exported "
+                     "again they come apart as they were, unless training on mixes them")  # fmt: skip
     some = sorted({kind for module, x in fused.items() if None in x.parts for kind in [module.rsplit(".", 1)[-1]]})
     if some:
         notes.append(f"{folder}: adapts a part of {' and '.join(some)} only; the rest has zeros in lora_B, which "
                      "training on will fill")  # fmt: skip
     if folded:
         notes.append(f"{folder}: alpha / r differs among the projections of {len(folded)} linears, e.g. {folded[0]}; "
-                     "the ratio was multiplied into lora_B in fp32")  # fmt: skip
+                     "the ratio is multiplied into lora_B in fp32 where it is used")  # fmt: skip
     if bare:
         notes.append(f"{folder}: leaves out {len(bare)} linears, e.g. {bare[0]}; they get new factors with zeros in "
                      "lora_B, which training on will fill")  # fmt: skip
