@@ -25,6 +25,7 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
+from modellink_lora.models.family import TensorSpec
 from modellink_lora.models.layouts import Layout
 
 FORMAT = 1
@@ -99,7 +100,14 @@ class Adapter:
 
     def layout(self, module: str) -> Layout:
         """Layout of the weight of `module`, which is also that of the rows of lora_B."""
-        return family_of(self.meta.model.hf_model_type).tensor(f"{module}.weight", self.meta.model).layout
+        return self._spec(module).layout
+
+    def projections(self, module: str) -> list[str]:
+        """Hugging Face modules that `module` consists of."""
+        return [name.removesuffix(".weight") for name in self._spec(module).hf]
+
+    def _spec(self, module: str) -> TensorSpec:
+        return family_of(self.meta.model.hf_model_type).tensor(f"{module}.weight", self.meta.model)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import take_apart
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.models.families import family_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,14 +34,14 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None) -> lis
 
 def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """(PEFT name, tensor) of every factor."""
-    for module, projections in _projections(adapter):
+    for module in adapter.modules:
         layout, origin = adapter.layout(module), adapter.meta.peft
         a, b = adapter.stored(f"{module}.lora_A"), adapter.stored(f"{module}.lora_B")  # [R, in], [out, R]
         if origin:
             factors = take_apart(a, b, layout, origin.blocks[module])
         else:
             factors = [(a.clone(), part.contiguous()) for part in layout.split(b)]
-        for projection, pair in zip(projections, factors, strict=True):
+        for projection, pair in zip(adapter.projections(module), factors, strict=True):
             if pair:
                 yield f"base_model.model.{projection}.lora_A.weight", pair[0]
                 yield f"base_model.model.{projection}.lora_B.weight", pair[1]
@@ -54,9 +53,9 @@ def peft_config(adapter: Adapter, *, base_model: str | None) -> dict[str, Any]:
         named = {"base_model_name_or_path": base_model} if base_model else {}
         return {**origin.settings, **named}
     lora = adapter.meta.lora
-    projections = dict(_projections(adapter))
-    ranks = {p: lora.rank_of(module) for module, parts in projections.items() for p in parts}
-    alphas = {p: lora.alpha_of(module) for module, parts in projections.items() for p in parts}
+    found = {module: adapter.projections(module) for module in adapter.modules}
+    ranks = {p: lora.rank_of(module) for module, parts in found.items() for p in parts}
+    alphas = {p: lora.alpha_of(module) for module, parts in found.items() for p in parts}
     count = adapter.meta.model.num_layers
     settings = settings_of(ranks, alphas, r=lora.r, alpha=lora.alpha, num_layers=count, base_model=base_model)
     return settings | {"lora_dropout": lora.dropout, "use_rslora": lora.use_rslora}
@@ -102,12 +101,3 @@ def scalings(adapter: Adapter) -> set[float]:
         return {lora.scaling_of(module) for module in adapter.modules}
     parts = [block for blocks in origin.blocks.values() for block in blocks if block]
     return {block.scaling(rslora=lora.use_rslora) for block in parts}
-
-
-def _projections(adapter: Adapter) -> Iterator[tuple[str, list[str]]]:
-    """(our fused module, Hugging Face modules it consists of)."""
-    model = adapter.meta.model
-    family = family_of(model.hf_model_type)
-    for module in adapter.modules:
-        parts = family.tensor(f"{module}.weight", model).hf
-        yield module, [part.removesuffix(".weight") for part in parts]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
 
 FILE = "model_optim_rng.pt"
+SIDECAR = "modellink_lora"  # key beside `model` in rank files that hold an adapter of this program
 Spelling = Literal["mcore", "legacy"]
 Shards = Mapping[tuple[int, int], dict[str, Tensor]]  # (tp rank, stage) -> global name -> shard
 _DERIVED = re.compile(r"(_extra_state|inv_freq)$")
@@ -38,6 +40,7 @@ class RankTree:
     spelling: Spelling
     base: Shards  # `.base_layer.` taken out of the names
     lora: Shards  # `<global module>.lora_A`, `.lora_B`
+    sidecars: Mapping[tuple[int, int], Any] = dataclasses.field(default_factory=dict)  # of this program's adapters
 
     @property
     def holds_adapter(self) -> bool:
@@ -98,7 +101,7 @@ def open_tree(folder: Path, *, flag: str) -> RankTree:
     args = files[0, 0].get("args")
     tree = RankTree(
         folder, _number(files[0, 0].get("iteration")), args if isinstance(args, argparse.Namespace) else None,
-        tp, partition, spelling, base, lora,
+        tp, partition, spelling, base, lora, {key: file[SIDECAR] for key, file in files.items() if SIDECAR in file},
     )  # fmt: skip
     _check_args_layout(tree)
     return tree

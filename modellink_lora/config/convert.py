@@ -16,7 +16,10 @@ _SAVE_TYPES = {
     "save_huggingface_llama": "hf",
     "save_huggingface_qwen": "hf",
     "peft": "peft",
+    "adapter": "adapter",
+    "adapter-ranks": "adapter-ranks",
 }
+_ADAPTERS = ("peft", "adapter", "adapter-ranks")  # results that hold the adapter of --lora-load alone
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class ConvertConfig:
     load_dir: str | None = flag(None, "checkpoint to read: a Hugging Face model folder or a Megatron checkpoint")
     load_model_type: str | None = flag(None, "what --load-dir holds", choices=("hf", "mg"))
     save_model_type: str | None = flag(
-        None, "what to write; peft exports the adapter of --lora-load alone", choices=tuple(_SAVE_TYPES)
+        None,
+        "what to write; the adapter of --lora-load alone: peft (PEFT's folder), adapter (this program's own format), "
+        "adapter-ranks (ModelLink's rank files, at the --target-... sizes)",
+        choices=tuple(_SAVE_TYPES),
     )
     model_type_hf: str | None = flag(None, "model family; config.json decides, this is compared with it")
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
@@ -45,6 +51,9 @@ class ConvertConfig:
     save_to_legacy: bool = flag(False, "write legacy names")
     add_qkv_bias: bool = flag(False, "the model has biases on q, k and v; compared with the checkpoint")
     base_model_name_or_path: str | None = flag(None, "base model to name in an exported PEFT adapter")
+    svd_rank: int | None = flag(
+        None, "with peft: cut the update of each projection to this rank by its singular values, and say the error"
+    )
     dry_run: bool = flag(False, "print the plan and write nothing")
     loader: str | None = flag(None, "older spelling of --load-model-type", choices=tuple(_LOADERS))
     saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
@@ -54,21 +63,26 @@ class ConvertConfig:
             raise UserError("--save-dir is missing: say where the result goes")
         if self.loader and self.load_model_type and _LOADERS[self.loader] != self.load_model_type:
             raise UserError(f"--loader {self.loader} contradicts --load-model-type {self.load_model_type}: give one")
-        if self.target == "peft":
+        if self.exports_adapter:
             if not self.lora_load:
-                raise UserError("--save-model-type peft exports an adapter: name it with --lora-load")
+                raise UserError(f"--save-model-type {self.target} exports an adapter: name it with --lora-load")
         elif not self.load_dir:
             raise UserError("--load-dir is missing: name the checkpoint to convert")
-        for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by"):
+        for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
+                     "svd_rank"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
-        if self.target != "mg":
+        if self.svd_rank and self.target != "peft":
+            raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
+        if self.target not in ("mg", "adapter-ranks"):
             for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
                 if (getattr(self, name) or 1) != 1:
-                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg, not {self.target}")
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
+                    )
 
     @property
     def source(self) -> str:
@@ -77,12 +91,17 @@ class ConvertConfig:
 
     @property
     def target(self) -> str:
-        """`hf`, `mg` or `peft`."""
+        """`hf` or `mg`, or for an adapter alone `peft`, `adapter` or `adapter-ranks`."""
         if self.save_model_type:
             return _SAVE_TYPES[self.save_model_type]
         if self.saver or self.loader or self.source == "hf":
             return "mg"
-        raise UserError("--save-model-type is missing: say mg, hf or peft")
+        raise UserError("--save-model-type is missing: say mg, hf, peft, adapter or adapter-ranks")
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the result is an adapter without its base."""
+        return self.target in _ADAPTERS
 
     @property
     def keeps_layout(self) -> bool:

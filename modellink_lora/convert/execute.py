@@ -13,10 +13,10 @@ from modellink_lora.adapters.merge import merge
 from modellink_lora.checkpoint import dtypes
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.hf import read_config_json, write_hf_folder
-from modellink_lora.checkpoint.peft import write_peft
 from modellink_lora.checkpoint.rank_files import write_rank_files
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
+from modellink_lora.convert.adapters import export_adapter
 from modellink_lora.convert.plan import Plan, adapted_ranks, check_layout, make_plan, padded
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
 from modellink_lora.models.layouts import Vocab, lora_layouts
@@ -34,10 +34,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
-    if convert.target == "peft":
+    if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
-        return _export(convert, adapter, say)
+        return export_adapter(convert, adapter, say)
     source = open_source(convert)
     notes = list(source.notes)
     if source.files and source.files.holds_adapter:
@@ -166,27 +166,6 @@ def _write_hf(convert: ConvertConfig, plan: Plan, read: Callable[[str], Tensor],
 
     expected = [part for move in plan.moves for part in move.spec.hf]
     write_hf_folder(folder, tensors(), expected=expected, config=config, companions=companions)
-    return folder
-
-
-def _export(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
-    """The adapter alone, in PEFT's format."""
-    folder = Path(convert.save_dir)
-    if folder.resolve() == Path(str(convert.lora_load)).resolve():
-        raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
-    for note in adapter.notes:
-        say(f"note: {note}")
-    base = convert.base_model_name_or_path
-    if base is None and convert.load_dir and convert.source == "hf":
-        base = convert.load_dir
-    lora = adapter.meta.lora
-    targets = " ".join(lora.target_modules)
-    say(f"PEFT adapter: {convert.lora_load} -> {folder}, rank {lora.r}, alpha {lora.alpha:g}, {targets}")
-    if convert.dry_run:
-        say("dry run: nothing was written")
-        return folder
-    names = write_peft(folder, adapter, base_model=base)
-    say(f"wrote {folder}, {len(names)} tensors")
     return folder
 
 
