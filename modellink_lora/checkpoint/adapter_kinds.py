@@ -1,4 +1,4 @@
-"""What `--lora-load` may name: an adapter of this program, rank files with LoRA factors, or a PEFT folder."""
+"""What `--lora-load` may name: an adapter of this program, rank files with LoRA factors, torch_dist, or PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.adapter import META, Adapter, open_own
+from modellink_lora.checkpoint.bridge_adapter import open_bridge_adapter
 from modellink_lora.checkpoint.lora_rank_files import open_lora_rank_files
+from modellink_lora.checkpoint.megatron_dist import dist_folder
 from modellink_lora.checkpoint.peft import CONFIG, TENSORS
 from modellink_lora.checkpoint.peft_import import open_peft
 from modellink_lora.checkpoint.store import TRACKER, newest
@@ -41,6 +43,8 @@ def open_adapter(
                 f"{flag} {root}: holds {peft[0]} of PEFT and {others[0]} as well: put them into two folders"
             )
         return open_peft(root, flag=flag, base=base)
+    if dist := dist_folder(root, flag=flag):
+        return open_bridge_adapter(dist, flag=flag, base=base, given=given or {})
     itself = re.fullmatch(r"iter_\d{7}|release", root.name) and not (root / TRACKER).is_file()
     if not itself and not (root / TRACKER).is_file() and (root / "config.json").is_file():
         raise UserError(f"{flag} {root}: is a Hugging Face model, not an adapter")

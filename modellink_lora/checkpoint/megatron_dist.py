@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from modellink_lora.checkpoint.rank_files import RankFiles, as_model
+from modellink_lora.checkpoint.rank_files import RankFiles, as_model, open_rank_files
 from modellink_lora.checkpoint.rank_tree import RankTree
 from modellink_lora.checkpoint.store import TRACKER, newest
 from modellink_lora.checkpoint.torch_dist import TorchDist, is_torch_dist, open_torch_dist
@@ -66,6 +66,14 @@ def dist_folder(root: Path, *, flag: str) -> Path | None:
     if (root / TRACKER).is_file() and is_torch_dist(folder := newest(root, flag=flag)):
         return folder
     return None
+
+
+def open_megatron(root: Path, *, flag: str = "--load", model_flags: Mapping[str, Any] | None = None) -> RankFiles:
+    """The newest checkpoint below `root`: rank files, or a torch_dist folder, which `root` may also be itself."""
+    folder = dist_folder(root, flag=flag)
+    if folder is None:
+        return open_rank_files(root, flag=flag, model_flags=model_flags)
+    return open_dist_model(root, folder, flag=flag, model_flags=model_flags)
 
 
 def open_dist_model(

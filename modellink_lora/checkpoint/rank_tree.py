@@ -118,8 +118,7 @@ def _load_all(folder: Path, flag: str) -> dict[tuple[int, int], dict[str, Any]]:
             raise UserError(f"{path}: expert-parallel checkpoints are not supported in this version")
         found[int(match.group(1)), int(match.group(2) or 0)] = path / FILE
     if not found:
-        hint = "a torch_dist checkpoint is not read by this version" if (folder / ".metadata").exists() else "empty"
-        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders ({hint})")
+        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders (it is empty)")
     tp, stages = max(rank for rank, _ in found) + 1, max(stage for _, stage in found) + 1
     for rank in range(tp):
         for stage in range(stages):

@@ -20,6 +20,7 @@ from modellink_lora.config.errors import UserError
 
 METADATA = ".metadata"
 
+
 class _Record:
     """Stands in for every class of torch.distributed: keeps what was stored and does nothing.
 

@@ -104,9 +104,9 @@ def open_model(name: str) -> tuple[Any, str, str]:
         command = ["python", "convert_ckpt.py", "--load-model-type", "hf", "--save-model-type", "mg", "--load-dir",
                    str(folder), "--save-dir", target]  # fmt: skip
         return family_of(str(config.get("model_type"))).read_config(config), target, f"before: {shlex.join(command)}"
-    from modellink_lora.checkpoint.rank_files import open_rank_files
+    from modellink_lora.checkpoint.megatron_dist import open_megatron
 
-    return open_rank_files(folder, flag="--model").config, name, ""
+    return open_megatron(folder, flag="--model").config, name, ""
 
 
 def _machine(config: PlanConfig) -> tuple[Any, list[tuple[str, str]]]:

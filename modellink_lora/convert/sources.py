@@ -15,7 +15,8 @@ from modellink_lora.adapters.targets import resolve_targets
 from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags
 from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
-from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.checkpoint.megatron_dist import open_megatron
+from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
@@ -53,7 +54,7 @@ def open_source(convert: ConvertConfig) -> Source:
             check_name(convert.model_type_hf, model.family, where=f"{path / 'config.json'}")
         source = Source(model.config, model.family, model.dtype, model.read, None)
     else:
-        files = open_rank_files(path, flag="--load-dir")
+        files = open_megatron(path, flag="--load-dir")
         source = Source(files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files))
         source = _with_model_files(source, source.companions(convert))
         if convert.model_type_hf:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.adapter import base_fingerprint
-from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.checkpoint.megatron_dist import open_megatron
+from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.build import RandomWeights
@@ -53,7 +54,7 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
         config = dataclasses.replace(config, padded_vocab_size=_padded(config, tp, given))
         family = family_of(config.hf_model_type)
         return Base(config, family, RandomWeights(family, config, seed), None)
-    files = open_rank_files(Path(load), flag="--load", model_flags=given)
+    files = open_megatron(Path(load), flag="--load", model_flags=given)
     if use_mcore_models and files.spelling == "legacy":
         raise UserError(f"--use-mcore-models contradicts --load {load}, which holds legacy names: remove the flag")
     config = dataclasses.replace(files.config, padded_vocab_size=_padded(files.config, tp, given))

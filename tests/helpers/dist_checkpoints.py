@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 
 def save_base_here(
@@ -40,6 +41,63 @@ def arguments(config: Any, parallel: dict[str, Any]) -> argparse.Namespace:
         del values[ours]
     values |= {"layernorm_epsilon": config.norm_epsilon, "vocab_size": None, "params_dtype": torch.float32}
     return argparse.Namespace(**values, **parallel, use_rotary_position_embeddings=True, add_bias_linear=False)
+
+
+def save_adapter_here(
+    hf: str, root: str, *, parallel: dict[str, Any], factors: dict[str, Tensor], alpha: float, stacked: bool = True
+) -> None:
+    """An adapter as Megatron-Bridge saves it: its modules are megatron-core's parallel linears.
+
+    Args:
+        factors: `<module>.adapter[.<part>].linear_in.weight` [r, in] and `linear_out` [out, r], of layers.
+        stacked: layers along a first axis, as for models whose layers are all alike.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+
+    from modellink_lora.checkpoint.hf import HfModel
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.device import get_device
+    from modellink_lora.models.build import transformer_config
+    from modellink_lora.parallel.context import make_context
+    from modellink_lora.parallel.random import seed_everything
+    from modellink_lora.training.setup import partition_of
+
+    config = HfModel(Path(hf)).config
+    context = make_context(ParallelConfig(**parallel), torch.device("cpu"))
+    seed_everything(1, context, get_device("cpu"))
+    partition = partition_of(context.config, config.num_layers)
+    megatron = transformer_config(config, context, partition, "fp32", {})
+    state: dict[str, Any] = {"iteration": 12, "checkpoint_version": 3.0}
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    for name, full in factors.items():
+        layer, (head, _, rest) = int(name.split(".")[2]), name.partition(f".{name.split('.')[2]}.")
+        if layer not in partition.layers(context.pp_rank):
+            continue
+        rows, columns = full.shape
+        # the first of a linear that is cut by rows is cut by columns; every other is cut by rows
+        is_row = ".linear_in." in name and (".linear_proj." in name or ".linear_fc2." in name)
+        kind = RowParallelLinear if is_row else ColumnParallelLinear
+        more: dict[str, Any] = {"input_is_parallel": True, "skip_bias_add": True} if is_row else {"gather_output": True}
+        linear = kind(columns, rows, config=megatron, init_method=torch.nn.init.zeros_, bias=False, **more)
+        t, rank = context.tp_size, context.tp_rank
+        pieces = full.chunk(t, dim=1 if is_row else 0)
+        if ".linear_fc1.adapter.linear_out." in name:  # gate and up, each cut for itself
+            pieces = tuple(torch.cat(pair) for pair in zip(*(half.chunk(t) for half in full.chunk(2)), strict=True))
+        with torch.no_grad():
+            linear.weight.copy_(pieces[rank])
+        prefix = f"{head}.{rest}" if stacked else name
+        offsets = ((0, layer, config.num_layers),) if stacked else ()
+        sharded = linear.sharded_state_dict(prefix.removesuffix("weight"), offsets, metadata)
+        if ".linear_fc1." in name and ".linear_out." in name:
+            sharded[prefix] = apply_swiglu_sharded_factory(sharded[prefix], offsets)
+        state |= {f"{layer} {key}": value for key, value in sharded.items()}
+    _save(state, Path(root))
+    if not torch.distributed.get_rank():
+        text = f"model:\n  _target_: x.Y\n  tensor_model_parallel_size: {context.tp_size}\npeft:\n  alpha: {alpha}\n"
+        (Path(root) / "iter_0000012/run_config.yaml").write_text(text)
+    torch.distributed.barrier()
 
 
 def _model(hf: str, parallel: dict[str, Any]) -> tuple[list[Any], Any]:
