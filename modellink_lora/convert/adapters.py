@@ -43,9 +43,12 @@ def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
             return folder
         errors = write_truncated(folder, adapter, convert.svd_rank, base_model=base)
         worst = max(errors, key=lambda name: errors[name])
-        say(f"wrote {folder}, every projection cut to rank {convert.svd_rank}")
-        say(f"relative error (Frobenius) of the updates: greatest {errors[worst]:.3g} ({worst}), "
+        say(f"relative error (Frobenius norm) of the updates: greatest {errors[worst]:.3g} ({worst}), "
             f"mean {sum(errors.values()) / len(errors):.3g}")  # fmt: skip
+        kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in errors)
+        greatest = (f"{k} {max(e for n, e in errors.items() if n.endswith('.' + k)):.3g}" for k in kinds)
+        say(f"  greatest of each kind: {', '.join(greatest)}")
+        say(f"wrote {folder}, every projection cut to rank {convert.svd_rank}")
         return folder
     if adapter.meta.peft is None and adapter.meta.lora.rank_pattern:
         say("note: projections that share a fused linear share its lora_A and rank; --svd-rank gives smaller ones")
