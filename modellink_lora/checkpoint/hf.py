@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from modellink_lora.checkpoint.dtypes import dtype_name
+from modellink_lora.checkpoint.filling import Job, fill
+from modellink_lora.checkpoint.outfile import OutFile, Slot
 from modellink_lora.checkpoint.store import replacing_folder
+from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -33,6 +36,9 @@ COMPANIONS = (
 )  # fmt: skip
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
 _TIED_HEAD = "lm_head.weight"
+
+
+Write = Callable[[str, Iterable[Tensor]], int]  # (name, consecutive blocks of its rows) -> bytes written
 
 
 class _File(Protocol):
@@ -79,8 +85,11 @@ class HfFolder:
         self.config = read_config_json(self.path, flag=flag)
         self._files = self._open_files(flag)
         self._where: dict[str, _File] = {}
+        self.dropped: dict[str, str] = {}  # what is there and not used -> why
         for file in self._files.values():
             self._where |= {name: file for name in file.names() if not _DERIVED.search(name)}
+            derived = (name for name in file.names() if _DERIVED.search(name))
+            self.dropped |= dict.fromkeys(derived, "a buffer that follows from the settings")
 
     def _open_files(self, flag: str) -> dict[str, _File]:
         for single, reader in (("model.safetensors", _Safetensors), ("pytorch_model.bin", _Bin)):
@@ -126,6 +135,7 @@ class HfModel:
         present = set(self.folder.names())
         if not config.untie_embeddings_and_output_weights and _TIED_HEAD in present:
             present.remove(_TIED_HEAD)
+            self.folder.dropped[_TIED_HEAD] = "a copy of the tied embedding, equal to it"
             if not torch.equal(self.folder.read(_TIED_HEAD), self.folder.read("model.embed_tokens.weight")):
                 raise UserError(
                     f"{self.folder.path}: config.json says tie_word_embeddings true, but {_TIED_HEAD} differs from "
@@ -142,23 +152,41 @@ class HfModel:
         """dtype of the embedding; the other tensors of a model are normally of the same."""
         return self.folder.read(next(self.family.tensors(self.config)).hf[0]).dtype
 
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Stored tensors that the model does not need -> why."""
+        return self.folder.dropped
+
+    def held(self) -> Iterator[str]:
+        """Every stored tensor of the model."""
+        return (name for name in self.folder.names() if name not in self.folder.dropped)
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Which of `held` make the tensor of global name `name`."""
+        return self.family.tensor(name, self.config).hf
+
     def names(self) -> list[str]:
         return [spec.name for spec in self.family.tensors(self.config)]
 
     def read(self, name: str) -> Tensor:
         """The full Megatron tensor of global name `name`."""
+        stored = self.stored(name)
+        return stored.join(stored.parts)
+
+    def stored(self, name: str) -> Stored:
+        """What `read` puts together, each part where it lies."""
         spec = self.family.tensor(name, self.config)
         parts = [self.folder.read(part) for part in spec.hf]
         try:
-            full = spec.layout.fuse(parts)
+            shape = tuple(spec.layout.fuse([part.to("meta") for part in parts]).shape)
         except RuntimeError:
-            full = torch.empty(0)
-        if tuple(full.shape) != (expected := full_shape(name, self.config)):
+            shape = ()
+        if shape != (expected := full_shape(name, self.config)):
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(spec.hf, parts, strict=True))
             raise UserError(
                 f"{self.folder.path}: {shapes} do not make the {expected} that config.json implies for {name}"
             )
-        return full
+        return Stored(parts, spec.layout, spec.layout.fuse)
 
 
 def read_config_json(folder: Path, *, flag: str) -> dict[str, Any]:
@@ -179,61 +207,73 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 
 def write_hf_folder(
     folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    slots: Sequence[Slot],
+    jobs: Callable[[Write], Sequence[Job]],
     *,
-    expected: Iterable[str],
     config: Mapping[str, Any],
     companions: Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    workers: int = 1,
+    memory: int = 0,
 ) -> None:
-    """Write a model folder of sharded safetensors with an index, holding one shard in memory; in place at the end only.
+    """Write a model folder of sharded safetensors with an index; the folder appears under its name when it is whole.
 
     Args:
-        tensors: every tensor once, in any order.
-        expected: names that must all have been written when the iterable ends.
+        slots: every tensor, in the order of the files.
+        jobs: makes the work, which hands each tensor to `Write` once, from any thread.
         config: what config.json is to say.
         companions: folder whose tokenizer and generation files are copied.
+        memory: bytes that jobs at work may hold together.
     """
-    remaining = set(expected)
-    with replacing_folder(folder) as temporary:
+    shards: list[list[Slot]] = [[]]
+    for slot in slots:
+        if shards[-1] and sum(held.nbytes for held in shards[-1]) + slot.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(slot)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    total = sum(slot.nbytes for slot in slots)
+    with replacing_folder(folder) as temporary, contextlib.ExitStack() as stack:
         if companions is not None:
             copy_companions(companions, temporary)
         _write_json(temporary / "config.json", dict(config))
-        shard: dict[str, Tensor] = {}
-        shards: list[list[str]] = []
-        total = 0
+        files: dict[str, OutFile] = {}
+        for name, shard in zip(names, shards, strict=True):
+            file = stack.enter_context(safetensors_file(temporary / name, shard))
+            files |= {slot.name: file for slot in shard}
 
-        def flush() -> None:
-            if shard:
-                shards.append(list(shard))
-                save_file(shard, temporary / _shard_name(len(shards), 0), metadata={"format": "pt"})
-                shard.clear()
+        def write(name: str, blocks: Iterable[Tensor]) -> int:
+            return files[name].write(name, blocks)
 
-        for name, tensor in tqdm(tensors, total=len(remaining), desc=f"writing {folder.name}", unit="tensor"):
-            assert name in remaining, f"{name} is not expected or was written twice"
-            remaining.remove(name)
-            if shard and sum(map(_bytes, shard.values())) + _bytes(tensor) > max_shard_bytes:
-                flush()
-            shard[name] = tensor.clone(memory_format=torch.contiguous_format)  # own storage: no aliases in one file
-            total += _bytes(tensor)
-        flush()
-        assert not remaining, f"never written: {_some(sorted(remaining))}"
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            final = _shard_name(number, len(shards))
-            (temporary / _shard_name(number, 0)).rename(temporary / final)
-            weight_map |= dict.fromkeys(names, final)
+        fill(jobs(write), workers=workers, total=total, memory=memory, title=f"writing {folder.name}")
+        for file in dict.fromkeys(files.values()):
+            file.finish()
+        weight_map = {slot.name: name for name, shard in zip(names, shards, strict=True) for slot in shard}
         _write_json(
             temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         )
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def safetensors_file(path: Path, slots: Sequence[Slot]) -> OutFile:
+    """A safetensors file with its header written and room for the tensors, one after another."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position, places = 0, {}
+    for slot in slots:
+        places[slot.name] = position
+        header[slot.name] = {
+            "dtype": _SAFETENSORS_DTYPES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [position, position + slot.nbytes],
+        }
+        position += slot.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + position)
+    return OutFile(path, slots, {name: 8 + len(text) + at for name, at in places.items()}, checksums=False)
 
 
 def _some(names: list[str]) -> str:

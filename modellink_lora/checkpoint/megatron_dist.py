@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from modellink_lora.checkpoint.rank_files import RankFiles, as_model, open_rank_files
 from modellink_lora.checkpoint.rank_tree import RankTree
 from modellink_lora.checkpoint.store import TRACKER, newest
+from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.checkpoint.torch_dist import TorchDist, is_torch_dist, open_torch_dist
 from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
@@ -54,6 +55,24 @@ class DistFiles(RankFiles):
     def read(self, name: str) -> Tensor:
         assert self.source is not None
         return read_place(self.source, self.places[name])
+
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        adapter = {"*.adapter.*": "an adapter beside the base"} if any(ADAPTER in name for name in self.places) else {}
+        return {**self._tree.dropped, **adapter}
+
+    def held(self) -> Iterator[str]:
+        for name in self.places:
+            if ADAPTER not in name:
+                yield from self.keys(name)
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        place = self.places[name]
+        return tuple(key if place.row is None else f"{key}[{place.row}]" for key in place.keys)
+
+    def stored(self, name: str) -> Stored:
+        """The tensor is one part: its pieces on disk may be cut in any way."""
+        return Stored([self.read(name)], self.family.tensor(name, self.config).layout, lambda parts: parts[0])
 
     def read_shard(self, name: str, rank: int, size: int) -> Tensor:
         return self.family.tensor(name, self.config).layout.shard(self.read(name), rank, size)
@@ -94,7 +113,10 @@ def open_dist_model(
     if not hasattr(args, "untie_embeddings_and_output_weights"):
         args.untie_embeddings_and_output_weights = "output_layer.weight" in tensors
     layers = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("decoder.layers."))
-    tree = RankTree(folder, iteration, args, 1, Partition((layers,)), "mcore", {(0, 0): tensors}, {(0, 0): {}})
+    tree = RankTree(
+        folder, iteration, args, 1, Partition((layers,)), "mcore", {(0, 0): tensors}, {(0, 0): {}},
+        source.dropped,
+    )  # fmt: skip
     seen = as_model(tree, root, iteration, flag=flag, model_flags=model_flags)
     fields = {field.name: getattr(seen, field.name) for field in dataclasses.fields(seen)}
     return DistFiles(**fields, source=source, places=places)

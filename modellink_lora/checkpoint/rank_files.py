@@ -1,36 +1,31 @@
-"""Megatron rank files, `mp_rank_TT[_PPP]/model_optim_rng.pt`: any layout and spelling in, full tensors out, and back.
+"""Megatron rank files, `mp_rank_TT[_PPP]/model_optim_rng.pt`: any layout and spelling in, full tensors out.
 
-The same layout that Megatron-LM and ModelLink write, so that checkpoints travel both ways. Letters: t tensor parallel
-size, p pipeline stage. docs/formats.md describes every file.
+The same layout that Megatron-LM and ModelLink write; `rank_writer.py` is the way back. docs/formats.md describes every
+file.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from modellink_lora.checkpoint import dtypes, megatron_args
-from modellink_lora.checkpoint.hf import copy_companions
-from modellink_lora.checkpoint.names import to_legacy
+from modellink_lora.checkpoint.rank_tree import EMBEDDING, HEAD, RankTree, Shards, Spelling, open_tree, shard_shape
 from modellink_lora.checkpoint.rank_tree import FILE as FILE
-from modellink_lora.checkpoint.rank_tree import RankTree, Shards, Spelling, open_tree, rank_file
-from modellink_lora.checkpoint.store import iteration_folder, newest, read_tracker, replacing_folder, write_tracker
+from modellink_lora.checkpoint.rank_tree import HF_FILES as HF_FILES
+from modellink_lora.checkpoint.store import newest, read_tracker
+from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.models.family import Family, TensorSpec
-from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
-
-HF_FILES = "hf"  # folder below the checkpoint's root with config.json and tokenizer of the source model
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +64,22 @@ class RankFiles:
     def family(self) -> Family:
         return family_of(self.config.hf_model_type)
 
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """What the files hold besides the model -> why it is not used."""
+        held = {"*.lora_A, *.lora_B": "an adapter beside the base"} if self.holds_adapter else {}
+        return {**self._tree.dropped, **held}
+
+    def held(self) -> Iterator[str]:
+        """Every stored tensor of the model, as `<rank folder>/<global name>`."""
+        for (rank, stage), tensors in self._tree.base.items():
+            yield from (f"{self._tree.file(rank, stage).parent.name}/{name}" for name in tensors)
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """Which of `held` make the tensor of global name `name`."""
+        stage = self._tree.stage_of(name)
+        return tuple(f"{self._tree.file(rank, stage).parent.name}/{name}" for rank in range(self.tp))
+
     def names(self) -> list[str]:
         """Global mcore names of the model's tensors; the last stage's copy of a tied embedding is not one."""
         return [spec.name for spec in self.family.tensors(self.config)]
@@ -82,6 +93,11 @@ class RankFiles:
         """Shard `rank` of `size`, whatever the checkpoint's own tensor parallel size."""
         spec, shards = self._find(name)
         return shards[rank] if size == self.tp else spec.layout.shard(spec.layout.gather(shards), rank, size)
+
+    def stored(self, name: str) -> Stored:
+        """What `read` puts together, each shard where it lies."""
+        spec, shards = self._find(name)
+        return Stored(shards, spec.layout, spec.layout.gather)
 
     def _find(self, name: str) -> tuple[TensorSpec, list[Tensor]]:
         stage = self._tree.stage_of(name)
@@ -121,7 +137,9 @@ def as_model(
             "folder to --lora-load"
         )
     args = argparse.Namespace(**vars(tree.args))
-    _check_tied_copy(args, tree)
+    if _check_tied_copy(args, tree):
+        reason = "the last stage's copy of the tied embedding, equal to it"
+        tree = dataclasses.replace(tree, dropped={**tree.dropped, HEAD: reason})
     sizes = _measure(args, tree)
     config = megatron_args.model_config(args, sizes, model_flags or {}, where=f"{flag} {root}")
     result = RankFiles(root, iteration, args, config, tree.base[0, 0][EMBEDDING].dtype, tree)
@@ -129,85 +147,17 @@ def as_model(
     return result
 
 
-def write_rank_files(
-    root: Path,
-    *,
-    config: ModelConfig,
-    tp: int,
-    partition: Partition,
-    spelling: Spelling,
-    dtype: torch.dtype,
-    read: Callable[[str], Tensor],
-    read_shard: Callable[[str, int, int], Tensor] | None = None,
-    iteration: int | str = 1,
-    hf_files: Path | None = None,
-) -> Path:
-    """Write a checkpoint, one rank file in memory at a time, and point the tracker at it when all is there.
+def _check_tied_copy(args: argparse.Namespace, tree: RankTree) -> bool:
+    """Drop the last stage's copy of a tied embedding after comparing it; decide tiedness where args are silent.
 
-    Args:
-        read: global mcore name -> full tensor, vocabulary padded to `config.padded_vocab_size`.
-        read_shard: (name, rank, size) -> the same tensor's shard, where that is cheaper than cutting the full one.
-        hf_files: model folder whose config and tokenizer files are kept in `<root>/hf`.
-    Returns:
-        The folder of the iteration.
+    Returns whether there was one.
     """
-    family = family_of(config.hf_model_type)
-    specs = list(family.tensors(config))
-    tied_copy = not config.untie_embeddings_and_output_weights and partition.stages > 1
-    number = iteration if isinstance(iteration, int) else 0
-    args = megatron_args.namespace(
-        config, tp=tp, partition=partition, legacy=spelling == "legacy", dtype=dtype, iteration=number
-    )
-    target = iteration_folder(root, iteration)
-    total = tp * (len(specs) + tied_copy)
-    with replacing_folder(target) as temporary, tqdm(total=total, desc=f"writing {target}", unit="tensor") as bar:
-        for stage in range(partition.stages):
-            held = [(spec, spec.name) for spec in specs if partition.holds(spec.name, stage)]
-            if tied_copy and stage == partition.stages - 1:
-                held.append((family.tensor(EMBEDDING, config), HEAD))
-            for rank in range(tp):
-                model: dict[str, Any] = {}
-                for spec, name in held:
-                    if read_shard is not None:
-                        shard = read_shard(spec.name, rank, tp)
-                    else:
-                        shard = spec.layout.shard(read(spec.name), rank, tp)
-                    shard = dtypes.convert(shard, dtype, name=spec.name)
-                    assert shard.shape == _shard_shape(spec, config, rank, tp), (spec.name, shard.shape)
-                    # clone: a view would drag its whole storage into the file
-                    shard = shard.clone(memory_format=torch.contiguous_format)
-                    _put(model, partition.to_local(name, stage), shard, spelling, tied=tied_copy)
-                    bar.update()
-                path = rank_file(temporary, rank, stage, partition.stages)
-                path.parent.mkdir()
-                torch.save({"args": args, "checkpoint_version": 3.0, "iteration": number, "model": model}, path)
-    if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
-        with replacing_folder(root / HF_FILES) as temporary:
-            copy_companions(hf_files, temporary)
-    write_tracker(root, iteration)
-    return target
-
-
-def _shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> torch.Size:
-    """Raises ValueError when the tensor does not divide."""
-    return spec.layout.shard(torch.empty(full_shape(spec.name, config), device="meta"), rank, tp).shape
-
-
-def _put(model: dict[str, Any], name: str, tensor: Tensor, spelling: Spelling, *, tied: bool) -> None:
-    path = (name,) if spelling == "mcore" else to_legacy(name, tied=tied)
-    for key in path[:-1]:
-        model = model.setdefault(key, {})
-    model[path[-1]] = tensor
-
-
-def _check_tied_copy(args: argparse.Namespace, tree: RankTree) -> None:
-    """Drop the last stage's copy of a tied embedding after comparing it; decide tiedness where args are silent."""
     shards, stages = tree.base, tree.partition.stages
     has_head = HEAD in shards[0, stages - 1]
     if not hasattr(args, "untie_embeddings_and_output_weights"):
         args.untie_embeddings_and_output_weights = has_head and not _same_head(shards, 0, stages)
     if args.untie_embeddings_and_output_weights or not has_head:
-        return
+        return False
     for rank in range(tree.tp):
         if not _same_head(shards, rank, stages):
             raise UserError(
@@ -215,6 +165,7 @@ def _check_tied_copy(args: argparse.Namespace, tree: RankTree) -> None:
                 f"tensor-parallel rank {rank}"
             )
         del shards[rank, stages - 1][HEAD]
+    return True
 
 
 def _same_head(shards: Shards, rank: int, stages: int) -> bool:
@@ -272,7 +223,7 @@ def _check_tensors(files: RankFiles) -> None:
             raise UserError(f"{where}: holds {len(extra)} tensors that the model does not have, e.g. {extra[0]}")
         for name in expected:
             try:
-                shape = tuple(_shard_shape(specs[name], files.config, rank, files.tp))
+                shape = tuple(shard_shape(specs[name], files.config, rank, files.tp))
             except ValueError:
                 shape = ()
             if tuple(tensors[name].shape) != shape:

@@ -6,25 +6,39 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.names import from_legacy
 from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.family import TensorSpec
+from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
 
 FILE = "model_optim_rng.pt"
 SIDECAR = "modellink_lora"  # key beside `model` in rank files that hold an adapter of this program
+HF_FILES = "hf"  # folder below the checkpoint's root with config.json and tokenizer of the source model
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Spelling = Literal["mcore", "legacy"]
 Shards = Mapping[tuple[int, int], dict[str, Tensor]]  # (tp rank, stage) -> global name -> shard
 _DERIVED = re.compile(r"(_extra_state|inv_freq)$")
+_DERIVED_REASONS = {
+    "_extra_state": "scaling state of fp8 kernels, empty here",
+    "inv_freq": "rotary frequencies, which follow from the settings",
+}
+_TRAINING_STATE = {
+    "optimizer": "state of the optimizer, which a converted model does not need",
+    "opt_param_scheduler": "state of the schedule, which a converted model does not need",
+    "rng_state": "random states, which a converted model does not need",
+}
 _FACTOR = re.compile(r"(.+)\.(lora_A|lora_B)\.default\.weight")
 
 
@@ -40,7 +54,8 @@ class RankTree:
     spelling: Spelling
     base: Shards  # `.base_layer.` taken out of the names
     lora: Shards  # `<global module>.lora_A`, `.lora_B`
-    sidecars: Mapping[tuple[int, int], Any] = dataclasses.field(default_factory=dict)  # of this program's adapters
+    dropped: Mapping[str, str] = field(default_factory=dict)  # what is there and not used -> why
+    sidecars: Mapping[tuple[int, int], Any] = field(default_factory=dict)  # of this program's adapters
 
     @property
     def holds_adapter(self) -> bool:
@@ -65,6 +80,11 @@ def rank_file(folder: Path, rank: int, stage: int, stages: int) -> Path:
     return folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")) / FILE
 
 
+def shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> torch.Size:
+    """Raises ValueError when the tensor does not divide."""
+    return spec.layout.shard(torch.empty(full_shape(spec.name, config), device="meta"), rank, tp).shape
+
+
 def open_tree(folder: Path, *, flag: str) -> RankTree:
     """Open the rank files of one iteration's folder. Raises UserError when files are missing, damaged or mixed up."""
     files = _load_all(folder, flag)
@@ -74,7 +94,9 @@ def open_tree(folder: Path, *, flag: str) -> RankTree:
     if different := [key for key, held in chunks.items() if len(held) != count]:
         raise UserError(f"{rank_file(folder, *different[0], stages)}: holds other virtual stages than the first file")
     spelling: Spelling = "legacy" if "language_model" in chunks[0, 0][0] else "mcore"
-    local = {key: [list(_flatten(model, spelling, folder)) for model in held] for key, held in chunks.items()}
+    dropped: dict[str, str] = {}
+    local = {key: [list(_flatten(model, spelling, folder, dropped)) for model in held] for key, held in chunks.items()}
+    dropped |= {key: reason for key, reason in _TRAINING_STATE.items() if any(key in file for file in files.values())}
     counts = [_count_layers(local[0, run % stages][run // stages]) for run in range(stages * count)]
     partition = Partition(tuple(counts), count)
     base: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in files}
@@ -101,7 +123,8 @@ def open_tree(folder: Path, *, flag: str) -> RankTree:
     args = files[0, 0].get("args")
     tree = RankTree(
         folder, _number(files[0, 0].get("iteration")), args if isinstance(args, argparse.Namespace) else None,
-        tp, partition, spelling, base, lora, {key: file[SIDECAR] for key, file in files.items() if SIDECAR in file},
+        tp, partition, spelling, base, lora, dropped,
+        {key: file[SIDECAR] for key, file in files.items() if SIDECAR in file},
     )  # fmt: skip
     _check_args_layout(tree)
     return tree
@@ -139,11 +162,14 @@ def _chunks(file: dict[str, Any], where: Path) -> list[dict[str, Any]]:
     return models
 
 
-def _flatten(model: Mapping[str, Any], spelling: Spelling, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(local mcore name, tensor) of one model; derived buffers left out, anything unknown refused."""
+def _flatten(
+    model: Mapping[str, Any], spelling: Spelling, folder: Path, dropped: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(local mcore name, tensor) of one model; derived buffers go to `dropped`, anything unknown is refused."""
     for path, value in _leaves(model, ()):
         name = ".".join(path)
-        if _DERIVED.search(name):
+        if derived := _DERIVED.search(name):
+            dropped["*." + derived[1]] = _DERIVED_REASONS[derived[1]]
             continue
         if not isinstance(value, Tensor):
             raise UserError(f"{folder}: {name} is a {type(value).__name__}, expected a tensor")

@@ -71,7 +71,8 @@ class TorchDist:
     """An opened folder. Tensors stay on disk until read."""
 
     folder: Path
-    entries: Mapping[str, Entry]  # optimizer states and others than tensors left out
+    entries: Mapping[str, Entry]
+    dropped: Mapping[str, str]  # what else is there -> why it is not used
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """The full tensor `name`, or row `row` of its first dimension."""
@@ -130,6 +131,7 @@ def open_torch_dist(folder: Path) -> TorchDist:
         storage = {_key(index): info for index, info in document.storage_data.items()}
         described = document.state_dict_metadata.items()
         entries = {name: _entry(name, found, storage) for name, found in described if _is_weight(name, found)}
+        dropped = {_kind(name): "not a weight" for name, found in described if not _is_weight(name, found)}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # pickle raises a dozen types for a bad file
@@ -137,12 +139,18 @@ def open_torch_dist(folder: Path) -> TorchDist:
         raise UserError(f"{path}: damaged, cut short or of an unknown version ({reason})") from None
     if not entries:
         raise UserError(f"{path}: describes no weights")
-    return TorchDist(folder, entries)
+    return TorchDist(folder, entries, dropped)
 
 
 def _is_weight(name: str, found: Any) -> bool:
     """Optimizer states are larger than the weights, and named after them."""
     return hasattr(found, "chunks") and not name.startswith(("optimizer", "chained_", "rng_state", "rerun_"))
+
+
+def _kind(name: str) -> str:
+    """`*._extra_state`, `optimizer.*`"""
+    last = name.split("/")[0].rsplit(".", 1)[-1]
+    return "*._extra_state" if last == "_extra_state" else name.split(".")[0].split("/")[0] + ".*"
 
 
 def _key(index: Any) -> tuple[str, tuple[int, ...]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from modellink_lora.cli.flags import Accepted, build_parser, only
+from modellink_lora.cli.launch import Launch
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.diff import DiffConfig
 
 _EXPERTS = "mixture-of-experts models are not available in this version; leave the flag out"
-_VIRTUAL = "virtual pipeline stages are not available in this version; spread layers with --num-layer-list"
 REFUSED = {
-    "num-layers-per-virtual-pipeline-stage": _VIRTUAL,
     "moe-grouped-gemm": _EXPERTS,
     "num-experts": _EXPERTS,
     "post-norm": "models with norms after their sublayers (Gemma 2) are not available in this version",
@@ -23,7 +27,6 @@ ACCEPTED = {
     "model-type": only("GPT", "only GPT models can be converted"),
     "target-expert-parallel-size": only(1, _EXPERTS),
     "target-expert-model-parallel-size": only(1, _EXPERTS),
-    "w-pack": only("False", "packed W_pack weights (Baichuan) are not available in this version"),
     "tokenizer-model": Accepted(1, "tokenizer files are copied with the model's other files"),
     "vocab-file": Accepted(1, "tokenizer files are copied with the model's other files"),
     "true-vocab-size": Accepted(1, "the vocabulary is read from config.json or the checkpoint"),
@@ -34,19 +37,52 @@ ACCEPTED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert. Returns the exit status."""
+    """Convert, or with `diff A B` compare. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["diff"]:
+        return diff_main(words[1:])
     parser = build_parser(
         "convert_ckpt.py",
-        "Translate, reshard, merge and export checkpoints: Hugging Face, Megatron (mcore and legacy names), LoRA.",
+        "Translate, reshard, merge and export checkpoints: Hugging Face, Megatron (mcore and legacy names), LoRA. "
+        "`convert_ckpt.py diff A B` compares two checkpoints of any of these formats.",
         [ConvertConfig, LoraConfig],
         refused=REFUSED,
         accepted=ACCEPTED,
     )
-    given = parser.parse(argv)
+    given = parser.parse(words)
     convert = ConvertConfig(**given[ConvertConfig])
     parser.report_accepted(print)
     # imported after the flags were checked: mistakes in them need not wait for torch
     from modellink_lora.convert.execute import run
 
-    run(convert, given[LoraConfig], say=print)
+    folder = run(convert, given[LoraConfig], say=print)
+    if convert.verify_logits is not None and not convert.dry_run:
+        _compare_logits(convert, folder, given[LoraConfig])
     return 0
+
+
+def diff_main(words: Sequence[str]) -> int:
+    """`convert_ckpt.py diff A B`. Returns 0 when they are equal, 1 when they differ."""
+    parser = build_parser(
+        "convert_ckpt.py diff A B",
+        "Compare two checkpoints tensor by tensor, whatever their formats and layouts: models or adapters.",
+        [DiffConfig],
+    )
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    given = parser.parse(words[len(folders) :])
+    if len(folders) != 2:
+        parser.error(f"give two folders to compare, before any flag; {len(folders)} were given")
+    config = DiffConfig(**given[DiffConfig])
+    from modellink_lora.convert.diff import diff
+
+    return 1 if diff(Path(folders[0]), Path(folders[1]), config, say=print) else 0
+
+
+def _compare_logits(convert: ConvertConfig, folder: Path, lora_flags: dict[str, Any]) -> None:
+    from modellink_lora.cli.processes import joined
+
+    launch = Launch.from_environment()
+    with joined(launch, device="auto", timeout_minutes=30) as (device, here):
+        from modellink_lora.inference.merged import compare_logits
+
+        compare_logits(convert, folder, lora_flags, device=device, torch_device=here, say=print)

@@ -15,6 +15,8 @@ _SAVE_TYPES = {
     "hf": "hf",
     "save_huggingface_llama": "hf",
     "save_huggingface_qwen": "hf",
+    "save_huggingface_chatglm3": "hf",
+    "huggingface_bloom": "hf",
     "peft": "peft",
     "adapter": "adapter",
     "adapter-ranks": "adapter-ranks",
@@ -39,6 +41,9 @@ class ConvertConfig:
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
     target_tensor_parallel_size: int | None = flag(None, "tensor parallel size of the result; default 1")
     target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1")
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
+        None, "interleave the stages of the result: layers of each of its runs, stored as model0, model1, ..."
+    )
     num_layer_list: str | None = flag(None, "layers of each pipeline stage of the result, e.g. 6,8,8,10")
     params_dtype: str | None = flag(
         None, "dtype of the result; default that of the weights read", choices=("fp32", "bf16", "fp16")
@@ -54,7 +59,22 @@ class ConvertConfig:
     svd_rank: int | None = flag(
         None, "with peft: cut the update of each projection to this rank by its singular values, and say the error"
     )
+    w_pack: str | None = flag(
+        None,
+        "whether q, k and v are one W_pack tensor in the Hugging Face model; the model type decides, this is compared",
+        choices=("true", "false", "True", "False"),
+    )
     dry_run: bool = flag(False, "print the plan and write nothing")
+    list_moves: bool = flag(False, "print every tensor of the plan, not only their kinds")
+    workers: int = flag(0, "threads that read, merge and write; default as many as there are cores, at most 8")
+    overwrite: bool = flag(False, "replace a result that is already there; the old one is kept until the new is whole")
+    verify: bool = flag(False, "read the result again and compare every tensor with what it was made of")
+    merge_report: str | None = flag(
+        None, "file for what merging changed in each weight; default SAVE_DIR/merge_report.json"
+    )
+    verify_logits: str | None = flag(
+        None, "after merging, run this prompt (or token ids, e.g. 1,15,27) through base + adapter and the merged model"
+    )
     loader: str | None = flag(None, "older spelling of --load-model-type", choices=tuple(_LOADERS))
     saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
 
@@ -68,8 +88,10 @@ class ConvertConfig:
                 raise UserError(f"--save-model-type {self.target} exports an adapter: name it with --lora-load")
         elif not self.load_dir:
             raise UserError("--load-dir is missing: name the checkpoint to convert")
-        for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
-                     "svd_rank"):  # fmt: skip
+        for name in (
+            "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
+            "num_layers_per_virtual_pipeline_stage", "svd_rank",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -77,7 +99,16 @@ class ConvertConfig:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
         if self.svd_rank and self.target != "peft":
             raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
+        if self.verify_logits is not None and self.target not in ("hf", "mg"):
+            raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
         if self.target not in ("mg", "adapter-ranks"):
+            for name in ("num_layer_list", "num_layers_per_virtual_pipeline_stage"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
+                    )
             for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
                 if (getattr(self, name) or 1) != 1:
                     raise UserError(

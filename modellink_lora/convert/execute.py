@@ -1,25 +1,34 @@
-"""Carrying out a conversion: read a tensor, fold in its adapter, bring it into the target's form, write it."""
+"""Carrying out a conversion: open, plan, write tensor by tensor, verify, report."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from modellink_lora.adapters.merge import merge
 from modellink_lora.checkpoint import dtypes
-from modellink_lora.checkpoint.adapter import Adapter
-from modellink_lora.checkpoint.hf import read_config_json, write_hf_folder
-from modellink_lora.checkpoint.rank_files import write_rank_files
+from modellink_lora.checkpoint.filling import Job, Tick, ticking
+from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
+from modellink_lora.checkpoint.outfile import Slot
+from modellink_lora.checkpoint.rank_tree import Spelling, rank_file
+from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
+from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
-from modellink_lora.convert.plan import Plan, adapted_ranks, check_layout, make_plan, padded
+from modellink_lora.convert.plan import Move, Plan, adapted_ranks, check_layout, job_memory, make_plan, padded, size
+from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
-from modellink_lora.models.layouts import Vocab, lora_layouts
+from modellink_lora.convert.transfer import Transfer
+from modellink_lora.convert.verify import verify
 from modellink_lora.parallel.partition import Partition
 
 HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
@@ -40,6 +49,9 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
         return export_adapter(convert, adapter, say)
     source = open_source(convert)
     notes = list(source.notes)
+    if convert.params_dtype is None:
+        name = dtypes.dtype_name(source.dtype, where=str(convert.load_dir))
+        notes.append(f"the result is {name} like the weights read; --params-dtype would change that")
     if source.files and source.files.holds_adapter:
         if convert.lora_load is None:
             convert = dataclasses.replace(convert, lora_load=convert.load_dir)
@@ -47,6 +59,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
         elif Path(convert.lora_load).resolve() != source.files.root.resolve():
             notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
     adapter = open_merge(convert, lora_flags, lambda: source.config)
+    if convert.verify_logits is not None and adapter is None:
+        raise UserError(
+            "--verify-logits compares base + adapter with the merged model: name the adapter by --lora-load"
+        )
     _check_places(convert)
     for note in [*notes, *(adapter.notes if adapter else ())]:
         say(f"note: {note}")
@@ -58,38 +74,91 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
         for note in check_base(source, adapter, convert):
             say(f"warning: {note}")
     plan = _plan(convert, source, ranks)
+    if source.inventory:
+        source.inventory.check(move.spec.name for move in plan.moves)
     say(plan.table())
+    if convert.list_moves:
+        say(plan.every_move())
     companions = source.companions(convert)
     if convert.target == "hf" and companions is None:
         raise UserError(
             f"no config.json in {convert.load_dir}/hf or {convert.save_dir}: put the config.json and tokenizer files "
             "of the original Hugging Face model into --save-dir"
         )
+    say(check_space(Path(convert.save_dir), plan.total_bytes))
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    result = _Result(source, adapter, plan)
-    if convert.target == "hf":
-        assert companions is not None
-        folder = _write_hf(convert, plan, result.read, companions)
-    else:
-        folder = write_rank_files(
-            Path(convert.save_dir),
-            config=plan.config,
-            tp=plan.tp,
-            partition=plan.partition,
-            spelling="legacy" if _spelling(convert, source) == "legacy" else "mcore",
-            dtype=plan.dtype,
-            read=result.read,
-            read_shard=result.read_shard,
-            iteration=source.files.iteration if source.files else 1,
-            hf_files=companions,
+    transfer = Transfer(source.stored, adapter, plan.dtype)
+    save = Path(convert.save_dir)
+    with writing(save, flag="--save-dir", tell=say), told_when_full(save):
+        _check_free(convert, source)
+        begin = time.perf_counter()
+        folder = (
+            _write_hf(convert, plan, transfer, companions)
+            if convert.target == "hf" and companions is not None
+            else _write_ranks(convert, plan, transfer, source, companions)
         )
-    if adapter:
-        largest = max(result.changes)
-        say(f"merged {convert.lora_load} into {len(ranks)} linears; largest change of a weight {largest:.3g}")
-    say(f"wrote {folder}")
+        seconds = time.perf_counter() - begin
+        if convert.verify:
+            say(verify(folder, plan, transfer, spelling=_spelling(convert, source)))
+        if adapter:
+            report = MergeReport.of(transfer.changes, plan, adapter)
+            path = Path(convert.merge_report or save / "merge_report.json")
+            report.write(path)
+            say(report.table())
+            say(
+                f"merged {convert.lora_load} into {len(ranks)} linears; largest change of a weight {report.largest:.3g}"
+            )
+            say(f"what changed in each weight: {path}")
+    say(f"wrote {folder}: {size(plan.total_bytes)} in {seconds:.1f} s, {size(plan.total_bytes / seconds)}/s")
     return folder
+
+
+def check_space(save: Path, needed: int) -> str:
+    """One line on what is needed and free where the result goes. Raises UserError where that is too little."""
+    place = save.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    # headers, tokenizer files and the file system's own tables come on top
+    line = f"{size(needed)} are needed and {size(free)} are free on the disk of --save-dir {save}"
+    if free < needed * 1.002 + (1 << 20):
+        raise UserError(f"{line}: free some space or choose another disk")
+    return line
+
+
+@contextlib.contextmanager
+def told_when_full(save: Path) -> Iterator[None]:
+    """Turn a full disk, wherever it is met, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"--save-dir {save}: {error.strerror} while writing; nothing is left of the result: free some space"
+            ) from None
+        raise
+
+
+def _check_free(convert: ConvertConfig, source: Source) -> None:
+    """Raise UserError where the result would replace another one unasked."""
+    if convert.overwrite:
+        return
+    save = Path(convert.save_dir)
+    taken = save / HF_OUTPUT if convert.target == "hf" else iteration_folder(save, _iteration(source))
+    other = convert.target == "mg" and (save / TRACKER).exists()
+    if taken.exists() or other:
+        there = taken if taken.exists() else save / TRACKER
+        raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
+
+
+def _iteration(source: Source) -> int | str:
+    return source.files.iteration if source.files else 1
+
+
+def _workers(convert: ConvertConfig) -> int:
+    return convert.workers or min(8, len(os.sched_getaffinity(0)))
 
 
 def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> Plan:
@@ -97,12 +166,14 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     keep = source.files if convert.keeps_layout else None
     tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
-    if keep and convert.target_pipeline_parallel_size is None and convert.layer_list is None:
-        partition = keep.partition if keep.partition.chunks == 1 else Partition.of(source.config.num_layers, stages)
+    per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
+    given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
+    if keep and not any(given):
+        partition = keep.partition
     else:
-        partition = Partition.of(source.config.num_layers, stages, convert.layer_list)
+        partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
     if convert.target == "hf":
-        tp, partition = 1, Partition.of(source.config.num_layers, 1)
+        tp, partition = 1, Partition.of(layers, 1)
         config = dataclasses.replace(source.config, padded_vocab_size=source.config.vocab_size)
         where = f"{convert.save_dir}/{HF_OUTPUT}"
     else:
@@ -112,61 +183,78 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
-    return make_plan(title, source.family, config, dtype=dtype, tp=tp, partition=partition, ranks=ranks)
+    layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype)
+    total, targets = layout.total_bytes(), _rank_targets(layout)
+    if convert.target == "hf":
+        targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
+    return make_plan(
+        title, source.family, config, dtype=dtype, tp=tp, partition=partition, ranks=ranks,
+        targets=lambda spec: targets[spec.name],
+        sources=source.inventory.keys if source.inventory else lambda name: (name,),
+        dropped=source.inventory.dropped if source.inventory else {}, total_bytes=total, workers=_workers(convert),
+    )  # fmt: skip
 
 
-def _spelling(convert: ConvertConfig, source: Source) -> str:
-    return convert.spelling(source.files.spelling if source.files else None)
+def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
+    """Global name -> every place of it in the rank files."""
+    found: dict[str, tuple[str, ...]] = {}
+    for spec, name, stage, _ in layout.places():
+        folders = (rank_file(Path(), rank, stage, layout.partition.stages).parent for rank in range(layout.tp))
+        found[spec.name] = found.get(spec.name, ()) + tuple(f"{folder}/{name}" for folder in folders)
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Result:
-    """The tensors of the result: merged, padded for the target, in its dtype."""
-
-    source: Source
-    adapter: Adapter | None
-    plan: Plan
-    changes: list[float] = dataclasses.field(default_factory=list)  # greatest |change| of each merged weight
-
-    def read(self, name: str) -> Tensor:
-        """The full tensor of global name `name`."""
-        return self.read_shard(name, 0, 1)
-
-    def read_shard(self, name: str, rank: int, size: int) -> Tensor:
-        """One shard. Shards are merged on their own, which gives the same bits and does no work twice."""
-        move = self.plan.move(name)
-        layout = move.spec.layout
-        full = self.source.read(name)
-        if isinstance(layout, Vocab) and full.shape[0] != layout.padded:
-            full = layout.fuse([full])
-        weight = layout.shard(full, rank, size)
-        if move.rank is None or self.adapter is None:
-            return dtypes.convert(weight, self.plan.dtype, name=name)
-        a_layout, b_layout = lora_layouts(layout)
-        a = a_layout.shard(self.adapter.read(f"{move.module}.lora_A"), rank, size)
-        b = b_layout.shard(self.adapter.read(f"{move.module}.lora_B"), rank, size)
-        try:
-            merged = merge(weight, a, b, self.adapter.meta.lora.scaling_of(move.module), dtype=self.plan.dtype)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        self.changes.append((merged.float() - weight.float()).abs().max().item())
-        return merged
+def _spelling(convert: ConvertConfig, source: Source) -> Spelling:
+    return "legacy" if convert.spelling(source.files.spelling if source.files else None) == "legacy" else "mcore"
 
 
-def _write_hf(convert: ConvertConfig, plan: Plan, read: Callable[[str], Tensor], companions: Path) -> Path:
+def _write_hf(convert: ConvertConfig, plan: Plan, transfer: Transfer, companions: Path) -> Path:
     """A Hugging Face folder below `--save-dir`, its config.json saying the dtype written."""
     config = read_config_json(companions, flag="--save-dir")
     key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
     config[key] = _HF_DTYPES[plan.config.params_dtype]
     folder = Path(convert.save_dir) / HF_OUTPUT
+    shapes = {
+        move.spec.name: [tuple(part.shape) for part in move.spec.layout.split(torch.empty(move.shape, device="meta"))]
+        for move in plan.moves
+    }
+    slots = [
+        Slot(name, shape, plan.dtype)
+        for move in plan.moves
+        for name, shape in zip(move.spec.hf, shapes[move.spec.name], strict=True)
+    ]
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for move in plan.moves:
-            yield from zip(move.spec.hf, move.spec.layout.split(read(move.spec.name)), strict=True)
+    def jobs(write: Write) -> list[Job]:
+        def job(move: Move) -> Job:
+            def run(tick: Tick) -> None:
+                for number, name in enumerate(move.spec.hf):
+                    write(name, ticking(transfer.part(move, number), tick))
 
-    expected = [part for move in plan.moves for part in move.spec.hf]
-    write_hf_folder(folder, tensors(), expected=expected, config=config, companions=companions)
+            return Job(run, job_memory(move))
+
+        return [job(move) for move in plan.moves]
+
+    write_hf_folder(
+        folder, slots, jobs, config=config, companions=companions, workers=_workers(convert),
+        memory=_workers(convert) * max(map(job_memory, plan.moves)),
+    )  # fmt: skip
     return folder
+
+
+def _write_ranks(
+    convert: ConvertConfig, plan: Plan, transfer: Transfer, source: Source, companions: Path | None
+) -> Path:
+    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype)
+    return write_rank_files(
+        Path(convert.save_dir),
+        layout,
+        lambda name, rank, size: transfer.shard(plan.move(name), rank, size),
+        iteration=_iteration(source),
+        hf_files=companions,
+        workers=_workers(convert),
+        memory=_workers(convert) * max(map(job_memory, plan.moves)),
+        memory_of=lambda name: job_memory(plan.move(name)),
+    )
 
 
 def _check_places(convert: ConvertConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from modellink_lora.models.family import Family, TensorSpec
 from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
 
+BLOCK_BYTES = 4 << 20  # of a tensor of the result in memory at a time
+
 
 @dataclass(frozen=True)
 class Move:
@@ -25,6 +27,8 @@ class Move:
     spec: TensorSpec
     shape: tuple[int, ...]  # of the result, on one process
     rank: int | None  # LoRA rank of the adapter merged into it
+    sources: tuple[str, ...] = ()  # stored tensors it is made of
+    targets: tuple[str, ...] = ()  # where it is written
 
     @property
     def module(self) -> str:
@@ -41,6 +45,9 @@ class Plan:
     tp: int
     partition: Partition
     moves: tuple[Move, ...]
+    total_bytes: int  # of the tensors written, copies of a tied embedding included
+    memory: int  # bytes held at most, beyond the program itself
+    dropped: Mapping[str, str]  # things of the source that are not used -> why
 
     def move(self, name: str) -> Move:
         """The move of the tensor of global name `name`."""
@@ -67,11 +74,39 @@ class Plan:
             "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        stages = ",".join(map(str, self.partition.counts))
         total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace(
             "torch.", ""
         )
-        return "\n".join([self.title, *body, f"{total}, TP {self.tp}, layers per stage {stages}"])
+        lines = [self.title, *body, f"{total}, TP {self.tp}, layers per stage {self.partition.describe()}"]
+        lines += [f"  not used: {what} ({reason})" for what, reason in self._dropped_kinds().items()]
+        return "\n".join([*lines, f"  {size(self.total_bytes)} to write, about {size(self.memory)} of memory"])
+
+    def every_move(self) -> str:
+        """One line per tensor in the order of writing, for people who want to know exactly."""
+        lines = []
+        for number, move in enumerate(self.moves, 1):
+            bytes_ = torch.Size(move.shape).numel() * self.dtype.itemsize
+            merged = f", + rank {move.rank}" if move.rank else ""
+            what = f"{list(move.shape)} {size(bytes_)}, {type(move.spec.layout).__name__}{merged}"
+            lines.append(f"  {number:4}  {move.spec.name}  {what}")
+            lines.append(f"        {_listed(move.sources)} -> {_listed(move.targets)}")
+        return "\n".join(lines)
+
+    def _dropped_kinds(self) -> dict[str, str]:
+        return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in self.dropped.items()}
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, ... ({len(names)} in all)"
 
 
 def make_plan(
@@ -83,17 +118,39 @@ def make_plan(
     tp: int,
     partition: Partition,
     ranks: Mapping[str, int],
+    targets: Callable[[TensorSpec], tuple[str, ...]] = lambda spec: (),
+    sources: Callable[[str], tuple[str, ...]] = lambda name: (),
+    dropped: Mapping[str, str] | None = None,
+    total_bytes: int = 0,
+    workers: int = 1,
 ) -> Plan:
     """The plan of writing a model of `config`.
 
     Args:
         ranks: adapted module -> LoRA rank, from `adapted_ranks`.
+        targets, sources: names of the tensors that each one is written to and made of.
+        dropped: things of the source that are not used -> why.
     """
     moves = tuple(
-        Move(spec, full_shape(spec.name, config), ranks.get(spec.name.removesuffix(".weight")))
+        Move(
+            spec,
+            full_shape(spec.name, config),
+            ranks.get(spec.name.removesuffix(".weight")),
+            sources(spec.name),
+            targets(spec),
+        )
         for spec in family.tensors(config)
     )
-    return Plan(title, config, dtype, tp, partition, moves)
+    largest = max(torch.Size(move.shape).numel() for move in moves) * dtype.itemsize
+    # with an adapter its base's identity is compared, for which one tensor at a time is put together
+    memory = workers * (max(map(job_memory, moves))) + (largest if ranks else 0)
+    return Plan(title, config, dtype, tp, partition, moves, total_bytes, memory, dropped or {})
+
+
+def job_memory(move: Move) -> int:
+    """Bytes that a thread at work on `move` holds at most: some blocks, and the adapter's factors in fp64."""
+    factors = (move.rank or 0) * sum(move.shape[:2]) * 8 * 2
+    return 4 * BLOCK_BYTES + factors
 
 
 def padded(config: ModelConfig, tp: int, divisible_by: int | None) -> ModelConfig:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +18,40 @@ from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
 from modellink_lora.checkpoint.megatron_dist import open_megatron
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
+from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import check_name, family_of
 from modellink_lora.models.family import Family
+
+
+class Files(Protocol):
+    """Opened model files of any format, as far as an inventory needs them."""
+
+    @property
+    def dropped(self) -> Mapping[str, str]: ...
+    def held(self) -> Iterator[str]: ...
+    def keys(self, name: str) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every tensor of the source, so that none is used twice or forgotten."""
+
+    held: Counter[str]  # stored tensors of the model
+    keys: Callable[[str], tuple[str, ...]]  # global name -> those of `held` that make it
+    dropped: Mapping[str, str]  # other things in the files -> why they are not used
+
+    @classmethod
+    def of(cls, files: Files) -> Inventory:
+        return cls(Counter(files.held()), files.keys, files.dropped)
+
+    def check(self, names: Iterable[str]) -> None:
+        """That making the tensors `names` uses every stored tensor exactly once."""
+        used = Counter(key for name in names for key in self.keys(name))
+        assert used == self.held, f"used and held differ: {list((used - self.held) + (self.held - used))[:3]}"
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,15 @@ class Source:
     read: Callable[[str], Tensor]  # global Megatron name -> full tensor
     files: RankFiles | None  # None: a Hugging Face folder
     notes: tuple[str, ...] = ()
+    # the same tensor as its parts on disk; absent where a source knows full tensors only
+    parts: Callable[[str], Stored] | None = None
+    inventory: Inventory | None = None
+
+    def stored(self, name: str) -> Stored:
+        """The tensor of global name `name` as its parts, of which only what is looked at is read."""
+        if self.parts is not None:
+            return self.parts(name)
+        return Stored([self.read(name)], self.family.tensor(name, self.config).layout, lambda parts: parts[0])
 
     def companions(self, convert: ConvertConfig) -> Path | None:
         """Folder with config.json and tokenizer files of this model, if there is one."""
@@ -52,13 +90,25 @@ def open_source(convert: ConvertConfig) -> Source:
         model = HfModel(path)
         if convert.model_type_hf:
             check_name(convert.model_type_hf, model.family, where=f"{path / 'config.json'}")
-        source = Source(model.config, model.family, model.dtype, model.read, None)
+        source = Source(
+            model.config, model.family, model.dtype, model.read, None, (), model.stored, Inventory.of(model)
+        )
     else:
         files = open_megatron(path, flag="--load-dir")
-        source = Source(files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files))
+        source = Source(
+            files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files), files.stored,
+            Inventory.of(files),
+        )  # fmt: skip
         source = _with_model_files(source, source.companions(convert))
         if convert.model_type_hf:
             check_name(convert.model_type_hf, source.family, where=f"--load-dir {path}")
+    if convert.w_pack is not None:
+        packed = any("W_pack" in name for spec in source.family.tensors(source.config) for name in spec.hf)
+        if packed != (convert.w_pack.lower() == "true"):
+            raise UserError(
+                f"--w-pack {convert.w_pack} contradicts --load-dir {path}, a {source.family.hf_model_types[0]} model, "
+                f"which {'has' if packed else 'has no'} W_pack: remove the flag"
+            )
     if convert.add_qkv_bias and not source.config.add_qkv_bias:
         raise UserError(f"--add-qkv-bias contradicts --load-dir {path}, which has no such biases: remove the flag")
     return source

@@ -13,7 +13,7 @@ from modellink_lora.checkpoint.megatron_dist import open_megatron
 from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.build import RandomWeights
+from modellink_lora.models.build import RandomWeights, Weights
 from modellink_lora.models.families import family_of
 from modellink_lora.models.family import Family
 
@@ -24,7 +24,7 @@ class Base:
 
     config: ModelConfig  # vocabulary padded for this run
     family: Family
-    weights: RankFiles | RandomWeights
+    weights: Weights
     root: Path | None
 
     def fingerprint(self) -> str | None:

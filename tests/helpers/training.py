@@ -150,7 +150,7 @@ def adapter_tensors(save: Path) -> dict[str, torch.Tensor]:
 def hf_to_megatron(hf: Path, root: Path, *, tp: int = 1, stages: tuple[int, ...] | None = None) -> Path:
     """Convert a Hugging Face folder; `stages` are the layers of each pipeline stage."""
     from modellink_lora.checkpoint.hf import HfModel
-    from modellink_lora.checkpoint.rank_files import write_rank_files
+    from modellink_lora.checkpoint.rank_writer import RankLayout, whole_shards, write_rank_files
     from modellink_lora.models.layouts import Vocab
     from modellink_lora.parallel.partition import Partition
 
@@ -163,7 +163,6 @@ def hf_to_megatron(hf: Path, root: Path, *, tp: int = 1, stages: tuple[int, ...]
         return layout.fuse([full]) if isinstance(layout, Vocab) else full
 
     partition = Partition(stages or (config.num_layers,))
-    write_rank_files(
-        root, config=config, tp=tp, partition=partition, spelling="mcore", dtype=torch.float32, read=read, hf_files=hf
-    )
+    layout = RankLayout(config, tp, partition, "mcore", torch.float32)
+    write_rank_files(root, layout, whole_shards(layout, read), hf_files=hf)
     return root

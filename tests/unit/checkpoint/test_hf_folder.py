@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modellink_lora.checkpoint.hf import INDEX, HfFolder, HfModel, write_hf_folder
+from modellink_lora.checkpoint.filling import Job
+from modellink_lora.checkpoint.hf import INDEX, HfFolder, HfModel, Write, write_hf_folder
+from modellink_lora.checkpoint.outfile import Slot
 from modellink_lora.config.errors import UserError
 from tests.helpers.conversion import hf_tensors
 from tests.helpers.tiny import tiny_model
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], *, also: tuple[str, ...] = (), **rest: Any) -> None:
+    """Write a folder of these tensors; names in `also` are announced and never written."""
+    slots = [Slot(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    slots += [Slot(name, (1,), torch.float32) for name in also]
+    config = rest.pop("config", {"model_type": "llama"})
+
+    def jobs(write: Write) -> list[Job]:
+        return [Job(lambda tick, name=name: write(name, [tensors[name]])) for name in tensors]
+
+    write_hf_folder(folder, slots, jobs, config=config, **rest)
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
@@ -80,9 +95,7 @@ def test_shards_and_bin_files_read_like_one_file(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path / "one")
     expected = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    write_hf_folder(
-        tmp_path / "many", expected.items(), expected=expected, config=config, companions=folder, max_shard_bytes=50_000
-    )
+    write(tmp_path / "many", expected, config=config, companions=folder, max_shard_bytes=50_000)
     index = json.loads((tmp_path / "many" / INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in expected.values())
@@ -99,8 +112,7 @@ def test_shards_and_bin_files_read_like_one_file(tmp_path: Path) -> None:
 def test_a_shard_the_index_names_but_the_folder_lacks(tmp_path: Path) -> None:
     folder = tiny_model("llama", tmp_path / "one")
     tensors = load_file(folder / "model.safetensors")
-    write_hf_folder(tmp_path / "many", tensors.items(), expected=tensors, config={"model_type": "llama"},
-                    max_shard_bytes=50_000)  # fmt: skip
+    write(tmp_path / "many", tensors, max_shard_bytes=50_000)
     next((tmp_path / "many").glob("model-00002-*")).unlink()
     with pytest.raises(UserError, match=r"names model-00002-of-.*which the folder lacks"):
         HfFolder(tmp_path / "many")
@@ -109,8 +121,8 @@ def test_a_shard_the_index_names_but_the_folder_lacks(tmp_path: Path) -> None:
 def test_a_tensor_never_written_leaves_the_old_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("kept")
-    with pytest.raises(AssertionError, match="never written: b"):
-        write_hf_folder(tmp_path / "out", [("a", torch.zeros(2))], expected=["a", "b"], config={})
+    with pytest.raises(AssertionError, match=r"never written: \['b'\]"):
+        write(tmp_path / "out", {"a": torch.zeros(2)}, also=("b",))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old"] and len(list(tmp_path.iterdir())) == 1
 
 

@@ -68,8 +68,6 @@ def test_the_older_spelling_keeps_the_sources_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag, words", [
     (["--target-expert-parallel-size", "2"], "mixture-of-experts"),
-    (["--num-layers-per-virtual-pipeline-stage", "1"], "virtual pipeline"),
-    (["--w-pack", "True"], "W_pack"),
     (["--moe-grouped-gemm"], "mixture-of-experts"),
 ])  # fmt: skip
 def test_what_this_version_cannot_do_is_refused(
