@@ -31,8 +31,7 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
-_TIED_HEAD = "lm_head.weight"
+_DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
 
 
 class _File(Protocol):
@@ -117,19 +116,30 @@ class HfModel:
         self.folder = HfFolder(path, flag=flag)
         self.family: Family = family_of(str(self.folder.config.get("model_type")))
         config = self.family.read_config(self.folder.config)
+        prefix = self.family.optional_prefix
+        self._left_out = prefix if not any(name.startswith(prefix) for name in self.folder.names()) else ""
         self._check_names(config)
-        dtype = self.folder.read(next(self.family.tensors(config)).hf[0]).dtype
+        dtype = self._read(next(self.family.tensors(config)).hf[0]).dtype
         self.config = dataclasses.replace(config, params_dtype=dtype_name(dtype, where=str(self.folder.path)))
 
+    def _stored(self, name: str) -> str:
+        """The family's name of a tensor as this folder spells it."""
+        return name.removeprefix(self._left_out)
+
+    def _read(self, name: str) -> Tensor:
+        return self.folder.read(self._stored(name))
+
     def _check_names(self, config: ModelConfig) -> None:
-        expected = {part for spec in self.family.tensors(config) for part in spec.hf}
+        expected = {self._stored(part) for spec in self.family.tensors(config) for part in spec.hf}
         present = set(self.folder.names())
-        if not config.untie_embeddings_and_output_weights and _TIED_HEAD in present:
-            present.remove(_TIED_HEAD)
-            if not torch.equal(self.folder.read(_TIED_HEAD), self.folder.read("model.embed_tokens.weight")):
+        head = self._stored(next(row.hf for row in self.family.rows if row.name == "output_layer.weight"))
+        if not config.untie_embeddings_and_output_weights and head in present:
+            present.remove(head)
+            embedding = self._stored(next(self.family.tensors(config)).hf[0])
+            if not torch.equal(self.folder.read(head), self.folder.read(embedding)):
                 raise UserError(
-                    f"{self.folder.path}: config.json says tie_word_embeddings true, but {_TIED_HEAD} differs from "
-                    "model.embed_tokens.weight: set it to false if the head is meant to be separate"
+                    f"{self.folder.path}: config.json says tie_word_embeddings true, but {head} differs from "
+                    f"{embedding}: set it to false if the head is meant to be separate"
                 )
         where = f"{self.folder.path} ({self.family.hf_model_types[0]}, {config.num_layers} layers)"
         if missing := sorted(expected - present):
@@ -140,7 +150,7 @@ class HfModel:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the embedding; the other tensors of a model are normally of the same."""
-        return self.folder.read(next(self.family.tensors(self.config)).hf[0]).dtype
+        return self._read(next(self.family.tensors(self.config)).hf[0]).dtype
 
     def names(self) -> list[str]:
         return [spec.name for spec in self.family.tensors(self.config)]
@@ -148,7 +158,7 @@ class HfModel:
     def read(self, name: str) -> Tensor:
         """The full Megatron tensor of global name `name`."""
         spec = self.family.tensor(name, self.config)
-        parts = [self.folder.read(part) for part in spec.hf]
+        parts = [self._read(part) for part in spec.hf]
         try:
             full = spec.layout.fuse(parts)
         except RuntimeError:
