@@ -105,6 +105,27 @@ class HfFolder:
     def read(self, name: str) -> Tensor:
         return self._where[name].read(name)
 
+    def complete(self, prefix: str, names: Iterable[str]) -> None:
+        """Know tensors that are stored without `prefix`, which some checkpoints leave out, by their full `names`."""
+        for name in names:
+            stored = name.removeprefix(prefix)
+            if name not in self._where and stored in self._where:
+                self._where[name] = _Renamed(self._where.pop(stored), stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """A file of which one tensor is known by another name."""
+
+    file: _File
+    stored: str
+
+    def names(self) -> list[str]:
+        return [self.stored]
+
+    def read(self, name: str) -> Tensor:
+        return self.file.read(self.stored)
+
 
 class HfModel:
     """A Hugging Face folder seen as full Megatron tensors.
@@ -116,26 +137,20 @@ class HfModel:
         self.folder = HfFolder(path, flag=flag)
         self.family: Family = family_of(str(self.folder.config.get("model_type")))
         config = self.family.read_config(self.folder.config)
-        prefix = self.family.optional_prefix
-        self._left_out = prefix if not any(name.startswith(prefix) for name in self.folder.names()) else ""
+        self.folder.complete(
+            self.family.optional_prefix, (part for spec in self.family.tensors(config) for part in spec.hf)
+        )
         self._check_names(config)
-        dtype = self._read(next(self.family.tensors(config)).hf[0]).dtype
+        dtype = self.folder.read(next(self.family.tensors(config)).hf[0]).dtype
         self.config = dataclasses.replace(config, params_dtype=dtype_name(dtype, where=str(self.folder.path)))
 
-    def _stored(self, name: str) -> str:
-        """The family's name of a tensor as this folder spells it."""
-        return name.removeprefix(self._left_out)
-
-    def _read(self, name: str) -> Tensor:
-        return self.folder.read(self._stored(name))
-
     def _check_names(self, config: ModelConfig) -> None:
-        expected = {self._stored(part) for spec in self.family.tensors(config) for part in spec.hf}
+        expected = {part for spec in self.family.tensors(config) for part in spec.hf}
         present = set(self.folder.names())
-        head = self._stored(next(row.hf for row in self.family.rows if row.name == "output_layer.weight"))
+        head = next(row.hf for row in self.family.rows if row.name == "output_layer.weight")
         if not config.untie_embeddings_and_output_weights and head in present:
             present.remove(head)
-            embedding = self._stored(next(self.family.tensors(config)).hf[0])
+            embedding = next(self.family.tensors(config)).hf[0]
             if not torch.equal(self.folder.read(head), self.folder.read(embedding)):
                 raise UserError(
                     f"{self.folder.path}: config.json says tie_word_embeddings true, but {head} differs from "
@@ -150,7 +165,7 @@ class HfModel:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the embedding; the other tensors of a model are normally of the same."""
-        return self._read(next(self.family.tensors(self.config)).hf[0]).dtype
+        return self.folder.read(next(self.family.tensors(self.config)).hf[0]).dtype
 
     def names(self) -> list[str]:
         return [spec.name for spec in self.family.tensors(self.config)]
@@ -158,7 +173,7 @@ class HfModel:
     def read(self, name: str) -> Tensor:
         """The full Megatron tensor of global name `name`."""
         spec = self.family.tensor(name, self.config)
-        parts = [self._read(part) for part in spec.hf]
+        parts = [self.folder.read(part) for part in spec.hf]
         try:
             full = spec.layout.fuse(parts)
         except RuntimeError:

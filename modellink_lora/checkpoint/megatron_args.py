@@ -56,6 +56,11 @@ def model_config(
     return config.with_flags(dict(rest), where)
 
 
+def names_its_model(args: argparse.Namespace) -> bool:
+    """Whether the args are of this program and so say all of a ModelConfig."""
+    return hasattr(args, COMPLETE)
+
+
 def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str) -> dict[str, Any]:
     """What Megatron's own spelling of `args` says, in ModelConfig fields."""
     if getattr(args, "use_rotary_position_embeddings", False):

@@ -267,6 +267,12 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
     }
     if not isinstance(getattr(args, "vocab_size", None), int):
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
+    said = getattr(args, "normalization", None) or fields["normalization"]
+    if said != fields["normalization"]:
+        bias = "has a" if said == "RMSNorm" else "lacks its"
+        raise UserError(
+            f"{folder}: args say normalization {said}, but {_LAYER}input_layernorm {bias} bias: files are mixed up"
+        )
     if not hasattr(args, "hf_model_type"):
         fields["hf_model_type"] = guess_model_type({**vars(args), **(flags or {}), **fields})
     return fields

@@ -164,7 +164,7 @@ class ModelConfig:
         return min(filter(None, limits), default=0)
 
     def beyond_llama(self) -> list[str]:
-        """Settings of what this model computes and Llama does not, apart from sizes, biases of q, k, v and head norms."""
+        """Settings of what this model computes and Llama does not, apart from sizes, q/k/v biases and head norms."""
         plain = {
             "normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "rotary_percent": 1.0,
             **dict.fromkeys(("add_rmsnorm_offset", "embed_layernorm", "post_norm", "rotary_interleaved",

@@ -31,8 +31,8 @@ FAMILIES = (
 _SIGNS: tuple[tuple[str, Any, str], ...] = (
     ("embed_layernorm", True, "bloom"),
     ("attn_logit_softcapping", None, "gemma2"),
-    ("add_rmsnorm_offset", True, "gemma"),
     ("post_norm", True, "gemma2"),
+    ("add_rmsnorm_offset", True, "gemma"),
     ("qk_layernorm", True, "qwen3"),
     ("rotary_interleaved", True, "chatglm"),
     ("scale_depth", None, "minicpm"),
@@ -63,8 +63,8 @@ def family_named(model_type_hf: str) -> Family:
 
 def guess_model_type(fields: Mapping[str, Any]) -> str:
     """A `model_type` whose family has the tensors of a model of which these ModelConfig fields are known."""
-    if fields.get("post_norm") and fields.get("add_rmsnorm_offset"):
-        return GEMMA2.hf_model_types[0]
+    if fields.get("post_norm") and fields.get("add_qkv_bias"):
+        return GLM4.hf_model_types[0]
     for name, telling, model_type in _SIGNS:
         value = fields.get(name)
         if value and (telling is None or value == telling):
@@ -72,16 +72,23 @@ def guess_model_type(fields: Mapping[str, Any]) -> str:
     return LLAMA.hf_model_types[0]
 
 
+def has_its_tensors(config: ModelConfig) -> bool:
+    """Whether the model's family has exactly the tensors that its settings ask for."""
+    return not _differences(config)
+
+
 def check_tensors(config: ModelConfig) -> None:
     """Raise UserError when the settings ask for tensors that the model's family does not have, or leave some out."""
-    family = family_of(config.hf_model_type)
-    held, asked = {spec.name for spec in family.tensors(config)}, set(tensor_names(config))
-    if held != asked:
-        example = sorted(held ^ asked)[0]
+    for name, verb in _differences(config).items():
         raise UserError(
-            f"no model family here has this combination of settings: as {family.hf_model_types[0]} it would "
-            f"{'have' if example in held else 'lack'} {example}"
+            f"no model family here has this combination of settings: as {config.hf_model_type} it would {verb} {name}"
         )
+
+
+def _differences(config: ModelConfig) -> dict[str, str]:
+    held = {spec.name for spec in family_of(config.hf_model_type).tensors(config)}
+    asked = set(tensor_names(config))
+    return {name: "have" if name in held else "lack" for name in sorted(held ^ asked)}
 
 
 def check_name(model_type_hf: str, family: Family, *, where: str) -> None:

@@ -55,15 +55,13 @@ def rows(
         result += [TensorRow(f"embedding.word_embeddings.norm.{leaf}", Replicated, f"{embedding_norm}.{leaf}")
                    for leaf in leaves]  # fmt: skip
     for part, module in modules.items():
-        megatron, layout = _PARTS[part]
+        ours, layout = _PARTS[part]
         layout = (layouts or {}).get(part, layout)
         own = leaves if part.endswith("norm") else ("weight",)
-        result += [TensorRow(f"{_MEGATRON}{megatron}.{leaf}", layout, f"{layer}{module}.{leaf}") for leaf in own]
+        result += [TensorRow(f"{_MEGATRON}{ours}.{leaf}", layout, f"{layer}{module}.{leaf}") for leaf in own]
         if part in biased:  # a row linear adds its bias once, behind the sum over ranks
             of_bias = Replicated if layout is Row else layout
-            result.append(
-                TensorRow(f"{_MEGATRON}{megatron}.bias", of_bias, f"{layer}{module}.bias", when=_BIAS_WHEN[part])
-            )
+            result.append(TensorRow(f"{_MEGATRON}{ours}.bias", of_bias, f"{layer}{module}.bias", when=_BIAS_WHEN[part]))
     result += [TensorRow(f"decoder.final_layernorm.{leaf}", Replicated, f"{norm}.{leaf}") for leaf in leaves]
     result.append(TensorRow("output_layer.weight", Vocab, f"{head}.weight", when="untie_embeddings_and_output_weights"))
     return tuple(result)
