@@ -57,7 +57,8 @@ def open_source(convert: ConvertConfig) -> Source:
         files = open_rank_files(path, flag="--load-dir")
         source = Source(files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files))
         source = _with_model_files(source, source.companions(convert))
-        source = _with_name(source, convert.model_type_hf)
+        if source.companions(convert) is None:
+            source = _with_name(source, convert.model_type_hf)
         if convert.model_type_hf:
             check_name(convert.model_type_hf, source.family, where=f"--load-dir {path}")
     for name in ("add_qkv_bias", "add_dense_bias", "embed_layernorm", "post_norm"):
@@ -125,10 +126,8 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
 def _with_name(source: Source, model_type_hf: str | None) -> Source:
     """`source` as a model of the family the user names, where its files name none and its tensors allow it."""
     assert source.files is not None
-    named = source.files.config.hf_model_type != source.config.hf_model_type  # by a config.json
-    if model_type_hf is None or named or names_its_model(source.files.args):
-        return source
-    if model_type_hf in source.family.spellings:
+    known = model_type_hf is None or names_its_model(source.files.args)
+    if known or model_type_hf in source.family.spellings:
         return source
     for family in FAMILIES:
         config = dataclasses.replace(source.config, hf_model_type=family.hf_model_types[0])

@@ -5,6 +5,7 @@ The other model is transformers' own class or, where there is none, tests/helper
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ LAYOUTS = {
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def our_logits(roots: dict[str, str], parallel: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
-    """Logits of the base in each of `roots` on this world's layout."""
+def our_logits(
+    roots: dict[str, str], parallel: dict[str, Any], changes: dict[str, dict[str, Any]] | None = None
+) -> dict[str, list[torch.Tensor]]:
+    """Logits of the base in each of `roots` on this world's layout; `changes` are made to settings after opening."""
     from modellink_lora.config.adapter import LoraConfig
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.device import get_device
@@ -66,6 +69,8 @@ def our_logits(roots: dict[str, str], parallel: dict[str, Any]) -> dict[str, lis
     result = {}
     for name, root in roots.items():
         base = open_base(root, {}, tp=context.tp_size, seed=1, use_mcore_models=None)
+        if changes:
+            base = dataclasses.replace(base, config=dataclasses.replace(base.config, **changes[name]))
         setup = set_up(base, LoraConfig(), None, context, device, dtype="fp32", seed=1, overrides={})
         logits = forward_logits(setup.chunks[0], IDS, context)
         result[name] = logits if context.is_main else []
@@ -102,6 +107,39 @@ def test_logits_equal_transformers(layout: str, models: dict[str, tuple[Path, li
         for f, e in zip(found[name], expected, strict=True):
             error = float((f - e).abs().max() / e.abs().max())
             assert error < TOLERANCE, f"{name} at {layout}: {error:.1e}"
+
+
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gemma", {"add_rmsnorm_offset": False}),
+    ("gemma", {"input_embeds_norm": False}),
+    ("gemma", {"gelu_tanh": False}),
+    ("gemma2", {"post_norm": False}),
+    ("gemma2", {"attn_logit_softcapping": 0.0}),
+    ("gemma2", {"final_logit_softcapping": 0.0}),
+    ("gemma2", {"query_pre_attn_scalar": 0.0}),
+    ("glm", {"rotary_percent": 1.0}),
+    ("glm", {"rotary_interleaved": False}),
+    ("bloom", {"embed_layernorm": False}),
+    ("bloom", {"position_embedding_type": "rope"}),
+    ("bloom", {"gelu_tanh": False}),
+    ("baichuan-13b", {"position_embedding_type": "rope"}),
+    ("baichuan2-7b", {"normalize_head": False}),
+    ("minicpm", {"scale_emb": 1.0}),
+    ("minicpm", {"scale_depth": 0.0}),
+    ("minicpm", {"dim_model_base": 0}),
+    ("llama-biases", {"add_mlp_bias": False}),
+    ("llama-biases", {"add_dense_bias": False}),
+)
+
+
+def test_each_setting_changes_the_logits(models: dict[str, tuple[Path, list[torch.Tensor]]]) -> None:
+    roots = {f"{name} {change}": str(models[name][0]) for name, change in SETTINGS}
+    changes = {f"{name} {change}": change for name, change in SETTINGS}
+    found = run(our_logits, world_size=1, roots=roots, parallel={}, changes=changes)[0]
+    for name, change in SETTINGS:
+        expected = models[name][1][0]
+        error = float((found[f"{name} {change}"][0] - expected).abs().max() / expected.abs().max())
+        assert error > 5 * TOLERANCE, f"{name} would pass with {change}: {error:.1e}"
 
 
 def test_each_rope_setting_changes_the_logits(models: dict[str, tuple[Path, list[torch.Tensor]]]) -> None:
