@@ -31,6 +31,7 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = False,
+    std: float = 0.05,
     **overrides: Any,
 ) -> Path:
     """Save a random model of transformers' own class (hidden 64, 4 heads, 2 groups, ffn 128) and return `folder`."""
@@ -52,7 +53,7 @@ def tiny_model(
             elif parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=std)
     model.to(dtype).save_pretrained(folder)
     if tokenizer:
         tiny_tokenizer(folder)

@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {"tied": True, "attn_implementation": "eager"}),
     "glm": ("glm", {}),
     "glm4-0414": ("glm4", {}),
-    "bloom": ("bloom", {"tied": True}),
+    "bloom": ("bloom", {"tied": True, "std": 0.15}),  # wide enough to tell one GELU from the other
     "bloom-12-heads": ("bloom", {"num_attention_heads": 12, "hidden_size": 96}),
 }
 LAYOUTS = {
