@@ -52,6 +52,11 @@ def report(config: PlanConfig, lora: LoraConfig) -> None:
         raise UserError(
             f"--seq-length {config.seq_length} exceeds the model's {model.max_position_embeddings} positions"
         )
+    if beyond := model.beyond_llama():
+        raise UserError(
+            f"--model {config.model} has {', '.join(beyond)}, whose memory and time are not modelled: layouts are "
+            "planned for Llama-like models only; measure a few iterations instead (--train-iters 5)"
+        )
     machine, origin = _machine(config)
     work = Workload(
         model=model, linears=adapted_linears(family_of(model.hf_model_type), model, lora), dtype=config.dtype,

@@ -55,6 +55,9 @@ class ConvertConfig:
     load_from_legacy: bool = flag(False, "--load-dir holds legacy names")
     save_to_legacy: bool = flag(False, "write legacy names")
     add_qkv_bias: bool = flag(False, "the model has biases on q, k and v; compared with the checkpoint")
+    add_dense_bias: bool = flag(False, "it has one on the attention's output; compared with the checkpoint")
+    embed_layernorm: bool = flag(False, "it has a norm on the embedding; compared with the checkpoint")
+    post_norm: bool = flag(False, "it has norms behind its sublayers; compared with the checkpoint")
     base_model_name_or_path: str | None = flag(None, "base model to name in an exported PEFT adapter")
     svd_rank: int | None = flag(
         None, "with peft: cut the update of each projection to this rank by its singular values, and say the error"

@@ -14,7 +14,7 @@ from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.build import RandomWeights, Weights
-from modellink_lora.models.families import family_of
+from modellink_lora.models.families import check_tensors, family_of, guess_model_type
 from modellink_lora.models.family import Family
 
 
@@ -50,7 +50,8 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
         given: ModelConfig fields the user typed; they must agree with the checkpoint.
     """
     if not load:
-        config = ModelConfig(**{**given, "hf_model_type": _family_of_flags(given)})
+        config = ModelConfig(**{**given, "hf_model_type": guess_model_type(given)})
+        check_tensors(config)
         config = dataclasses.replace(config, padded_vocab_size=_padded(config, tp, given))
         family = family_of(config.hf_model_type)
         return Base(config, family, RandomWeights(family, config, seed), None)
@@ -64,7 +65,3 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
 def _padded(config: ModelConfig, tp: int, given: Mapping[str, Any]) -> int:
     """Vocabulary rows of this run: as asked for, else as stored if TP divides them, else the next multiple."""
     return config.padded_vocab_size if "padded_vocab_size" in given else config.padded_for(tp)
-
-
-def _family_of_flags(given: Mapping[str, Any]) -> str:
-    return "qwen3" if given.get("qk_layernorm") else "qwen2" if given.get("add_qkv_bias") else "llama"
