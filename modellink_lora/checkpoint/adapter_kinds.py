@@ -24,6 +24,7 @@ def open_adapter(
     flag: str = "--lora-load",
     base: Callable[[], ModelConfig] | None = None,
     given: Mapping[str, Any] | None = None,
+    replacing: bool = False,
 ) -> Adapter:
     """The adapter that `root` names: the newest below it, or the one in it where it is an iteration's own folder.
 
@@ -31,6 +32,7 @@ def open_adapter(
         flag: the flag `root` was given by, for messages.
         base: dimensions of the model under the adapter, asked for where the adapter does not tell them itself.
         given: LoraConfig fields the user typed, for what a file may not say. They are not compared here.
+        replacing: whether tensors that the adapter holds as a whole can take the place of the base's.
     Raises:
         UserError: there is no adapter, or its files are torn, mixed up, or ask for something not offered.
     """
@@ -42,7 +44,11 @@ def open_adapter(
             raise UserError(
                 f"{flag} {root}: holds {peft[0]} of PEFT and {others[0]} as well: put them into two folders"
             )
-        return open_peft(root, flag=flag, base=base)
+        adapter = open_peft(root, flag=flag, base=base)
+        if adapter.replaced and not replacing:
+            raise UserError(f"{flag} {root}: replaces {', '.join(sorted(adapter.replaced))} as a whole "
+                            "(modules_to_save), which only merging into the base can do")  # fmt: skip
+        return adapter
     if dist := dist_folder(root, flag=flag):
         return open_bridge_adapter(dist, flag=flag, base=base, given=given or {})
     itself = re.fullmatch(r"iter_\d{7}|release", root.name) and not (root / TRACKER).is_file()

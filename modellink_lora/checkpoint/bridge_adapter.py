@@ -150,8 +150,12 @@ def _canonical(
     except KeyError:
         raise UserError(f"{source.folder}: adapts {module}, which the base does not have") from None
     pieces = spec.layout.split(torch.empty(full_shape(spec.name, config), device="meta"))
+    names = _PARTS.get(module.rsplit(".", 1)[-1], (None,))
+    if len(names) != len(spec.hf):
+        raise UserError(f"{source.folder}: CanonicalLoRA adapts {' '.join(map(str, names))} of {module}, which are one "
+                        f"tensor in a {config.hf_model_type} model: not supported")  # fmt: skip
     parts: list[Part | None] = []
-    for kind, hf, piece in zip(_PARTS.get(module.rsplit(".", 1)[-1], (None,)), spec.hf, pieces, strict=True):
+    for kind, hf, piece in zip(names, spec.hf, pieces, strict=True):
         if (kind, "A") not in factors:
             parts.append(None)
             continue

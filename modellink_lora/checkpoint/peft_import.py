@@ -9,6 +9,7 @@ factor.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from modellink_lora.checkpoint.projections import Part, assemble
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
+from modellink_lora.models.layouts import Replicated, Vocab
 from modellink_lora.models.shapes import full_shape
 
 ORIGIN = "PEFT"
@@ -68,8 +70,25 @@ def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None
         with safe_open(folder / TENSORS, framework="pt") as file:
             return file.get_tensor(f"base_model.model.{part.name}.lora_{factor}.weight")
 
-    parts = _parts(folder, found, kinds, settings, config)
-    return assemble(folder, parts, load, settings, config, origin=ORIGIN)
+    whole = {name for name in found if _FACTOR.fullmatch(name) is None}
+    replaced = _replaced(folder, {name: found[name] for name in sorted(whole)}, settings, config)
+    factors = {name: shape for name, shape in found.items() if name not in whole}
+    adapter = assemble(
+        folder, _parts(folder, factors, kinds, settings, config), load, settings, config, origin=ORIGIN
+    )  # fmt: skip
+    if not replaced:
+        return adapter
+    reader = adapter.reader
+    assert reader is not None
+
+    def read(name: str) -> Tensor:
+        if name not in replaced:
+            return reader(name)
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            return file.get_tensor(replaced[name])
+
+    notes = (*adapter.notes, f"{folder}: {', '.join(sorted(replaced))} are taken from it as a whole (modules_to_save)")
+    return dataclasses.replace(adapter, notes=notes, replaced=frozenset(replaced), reader=read)
 
 
 def _settings(folder: Path, flag: str) -> dict[str, Any]:
@@ -86,7 +105,7 @@ def _settings(folder: Path, flag: str) -> dict[str, Any]:
     if settings["peft_type"] != "LORA":
         raise UserError(f"{path}: peft_type {settings['peft_type']} is not supported; LORA is")
     for name, value in settings.items():
-        if value and name not in _HARMLESS:
+        if value and name not in _HARMLESS and name != "modules_to_save":
             raise UserError(f"{path}: {name} {json.dumps(value)} is not supported")
     for name, allowed in (
         ("bias", (None, "none")), ("task_type", (None, "CAUSAL_LM")), ("init_lora_weights", _STARTS),
@@ -117,8 +136,7 @@ def _parts(
     parts: dict[str, list[Part | None]] = {}
     for name in found:
         match = _FACTOR.fullmatch(name)
-        if match is None:
-            raise UserError(f"{folder / TENSORS}: holds {name}, which is no LoRA factor of a linear layer{_why(name)}")
+        assert match is not None
         hf, factor = match.groups()
         if hf not in places:
             raise UserError(f"{folder / TENSORS}: adapts {hf}, which is not among the linears that can be adapted here "
@@ -139,6 +157,36 @@ def _parts(
     if not parts:
         raise UserError(f"{folder / TENSORS}: holds no tensors")
     return parts
+
+
+def _replaced(
+    folder: Path, found: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], config: ModelConfig
+) -> dict[str, str]:
+    """Global name -> tensor of the file, of what it holds besides factors: embedding, head and norms as a whole."""
+    places = {
+        f"base_model.model.{spec.hf[0]}": spec
+        for spec in family_of(config.hf_model_type).tensors(config)
+        if len(spec.hf) == 1 and type(spec.layout) in (Vocab, Replicated)
+    }
+    replaced = {}
+    for name, shape in found.items():
+        if name not in places:
+            raise UserError(f"{folder / TENSORS}: holds {name}, which is no LoRA factor of a linear layer{_why(name)}")
+        spec = places[name]
+        blank = torch.empty(full_shape(spec.name, config), device="meta")
+        expected = tuple(spec.layout.split(blank)[0].shape)
+        if shape != expected:
+            raise UserError(f"{folder / TENSORS}: {name} is {shape}, the base's {expected}: a vocabulary that was "
+                            "resized cannot be put on it")  # fmt: skip
+        if isinstance(spec.layout, Vocab) and not config.untie_embeddings_and_output_weights:
+            raise UserError(f"{folder / TENSORS}: replaces {name}, whose weights embedding and head share in the base: "
+                            "modules_to_save is not supported there")  # fmt: skip
+        replaced[spec.name] = name
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{name.removesuffix('.weight')}".endswith(f".{module}") for name in found):
+            raise UserError(f"{folder / CONFIG}: modules_to_save {json.dumps(module)} is not supported: its weights "
+                            "are not in the folder; embed_tokens, lm_head and norms can be replaced")  # fmt: skip
+    return replaced
 
 
 def _why(name: str) -> str:

@@ -89,7 +89,7 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    transfer = Transfer(source.stored, adapter, plan.dtype)
+    transfer = Transfer(source.under(adapter), adapter, plan.dtype)
     save = Path(convert.save_dir)
     with writing(save, flag="--save-dir", tell=say), told_when_full(save):
         _check_free(convert, source)

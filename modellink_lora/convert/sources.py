@@ -75,6 +75,19 @@ class Source:
             return self.parts(name)
         return Stored([self.read(name)], self.family.tensor(name, self.config).layout, lambda parts: parts[0])
 
+    def under(self, adapter: Adapter | None) -> Callable[[str], Stored]:
+        """`stored` with the tensors that `adapter` replaces as a whole."""
+        if adapter is None or not adapter.replaced:
+            return self.stored
+
+        def stored(name: str) -> Stored:
+            if name not in adapter.replaced:
+                return self.stored(name)
+            layout = self.family.tensor(name, self.config).layout
+            return Stored([adapter.stored(name)], layout, lambda parts: layout.fuse(parts))
+
+        return stored
+
     def companions(self, convert: ConvertConfig) -> Path | None:
         """Folder with config.json and tokenizer files of this model, if there is one."""
         assert convert.load_dir is not None
@@ -204,7 +217,8 @@ def open_merge(
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    adapter = open_adapter(Path(convert.lora_load), base=base, given=given)
+    replacing = convert.target in ("mg", "hf") and convert.verify_logits is None
+    adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
     return adapter
 

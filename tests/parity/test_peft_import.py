@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.errors import UserError
 from modellink_lora.convert import execute
 from tests.distributed.test_logits import logits_here
 from tests.helpers.conversion import convert, hf_tensors
@@ -79,6 +80,25 @@ def test_the_merged_model_computes_what_peft_computes(family: str, settings: dic
     convert(hf_to_megatron(hf, tmp_path / "mg"), tmp_path / "merged", to="hf", lora_load=str(tmp_path / "peft"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/mg2hg")
     assert distance(logits(merged, IDS), expected) < TOLERANCE
+
+
+def test_modules_that_were_trained_as_a_whole_take_their_place_when_merging(hf: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    model = peft_model(hf, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "peft")
+    for to, load in (("mg", hf), ("hf", tmp_path / "mg")):
+        convert(load, tmp_path / to, to=to, **({"lora_load": str(tmp_path / "peft")} if to == "mg" else {}),
+                **({"target_tensor_parallel_size": 2} if to == "mg" else {}))  # fmt: skip
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf/mg2hg")
+    assert distance(logits(merged, IDS), logits(model, IDS)) < TOLERANCE
+    with pytest.raises(UserError, match=r"replaces .*output_layer\.weight as a whole \(modules_to_save\), which only"):
+        adapter_alone(tmp_path / "peft", tmp_path / "own", to="adapter", base=hf)
 
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
