@@ -19,10 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modellink_lora.checkpoint.blocks import PeftOrigin, ratios, scaled_b
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families import family_of
+from modellink_lora.models.family import TensorSpec
+from modellink_lora.models.layouts import Layout
 
 FORMAT = 1
 TENSORS, META = "adapter.safetensors", "adapter.json"
@@ -38,6 +42,24 @@ class AdapterMeta:
     iteration: int
     prompt_type: str | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    peft: PeftOrigin | None = None  # of an adapter converted from PEFT, until it is trained on
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `adapter.json`."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> AdapterMeta:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for a document of another kind."""
+        values = dict(document)
+        if values.pop("format", None) != FORMAT:
+            raise ValueError(f"format is not {FORMAT}; it was written by another version of this program")
+        parts = {
+            "lora": LoraConfig(**values["lora"]),
+            "model": ModelConfig(**values["model"]),
+            "peft": PeftOrigin.from_json(values.get("peft")),
+        }
+        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,8 @@ class Adapter:
     shapes: Mapping[str, tuple[int, ...]]
     origin: str | None = None  # the program that wrote it; None: this one
     notes: tuple[str, ...] = ()  # what the user should know about how it was read
-    reader: Callable[[str], Tensor] | None = None  # of an adapter from elsewhere
+    replaced: frozenset[str] = frozenset()  # tensors of the base that it holds anew as a whole; `stored` gives them
+    reader: Callable[[str], Tensor] | None = None  # of an adapter from elsewhere; gives what `stored` gives
 
     @property
     def modules(self) -> list[str]:
@@ -57,19 +80,47 @@ class Adapter:
         return [name.removesuffix(".lora_A") for name in self.shapes if name.endswith(".lora_A")]
 
     def read(self, name: str) -> Tensor:
+        """A factor as it is computed with: W' = W + scaling * B A."""
+        module, _, factor = name.rpartition(".")
+        factors = self.ratios(module) if factor == "lora_B" else []
+        return scaled_b(self.stored(name), self.layout(module), factors) if factors else self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """A factor as it is kept. Of an adapter from PEFT, projections in lora_B have each their own scaling."""
         if self.reader is not None:
             return self.reader(name)
         with safe_open(self.folder / TENSORS, framework="pt") as file:
             return file.get_tensor(name)
 
+    def ratios(self, module: str) -> list[float]:
+        """By what `stored` and `read` differ, for each projection of `module`; empty where they do not."""
+        if self.meta.peft is None:
+            return []
+        found = ratios(module, self.meta.peft.blocks[module], self.meta.lora)
+        return [] if all(factor == 1.0 for factor in found) else found
+
+    def layout(self, module: str) -> Layout:
+        """Layout of the weight of `module`, which is also that of the rows of lora_B."""
+        return self._spec(module).layout
+
+    def projections(self, module: str) -> list[str]:
+        """Hugging Face modules that `module` consists of."""
+        return [name.removesuffix(".weight") for name in self._spec(module).hf]
+
+    def _spec(self, module: str) -> TensorSpec:
+        return family_of(self.meta.model.hf_model_type).tensor(f"{module}.weight", self.meta.model)
+
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta) -> None:
-    """Write both files into `folder`, each by rename."""
-    document = {"format": FORMAT, **dataclasses.asdict(meta)}
+    """Write both files into `folder`, each by rename.
+
+    Args:
+        tensors: as `Adapter.stored` gives them, if `meta.peft` is there.
+    """
     with replacing_file(folder / TENSORS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     with replacing_file(folder / META) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        temporary.write_text(json.dumps(meta.to_json(), indent=2) + "\n")
 
 
 def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
@@ -81,11 +132,10 @@ def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
         document = json.loads((folder / META).read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / META}: not valid JSON ({error})") from None
-    if document.pop("format", None) != FORMAT:
-        raise UserError(f"{folder / META}: format is not {FORMAT}; it was written by another version of this program")
-    meta = AdapterMeta(
-        **{**document, "lora": LoraConfig(**document["lora"]), "model": ModelConfig(**document["model"])}
-    )
+    try:
+        meta = AdapterMeta.from_json(document)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / META}: {_said(error)}") from None
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -97,6 +147,10 @@ def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
         if b is None or a[0] != r or b[1] != r:
             raise UserError(f"{folder / TENSORS}: {module} has lora_A {a} and lora_B {b}, {META} says rank {r}")
     return adapter
+
+
+def _said(error: Exception) -> str:
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def check_flags(adapter: Adapter, given: Mapping[str, Any], *, flag: str = "--lora-load") -> None:

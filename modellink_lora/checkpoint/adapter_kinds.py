@@ -1,4 +1,4 @@
-"""What `--lora-load` may name: an adapter of this program, rank files with LoRA factors, or a PEFT folder."""
+"""What `--lora-load` may name: an adapter of this program, rank files with LoRA factors, torch_dist, or PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.adapter import META, Adapter, open_own
+from modellink_lora.checkpoint.bridge_adapter import open_bridge_adapter
 from modellink_lora.checkpoint.lora_rank_files import open_lora_rank_files
+from modellink_lora.checkpoint.megatron_dist import dist_folder
 from modellink_lora.checkpoint.peft import CONFIG, TENSORS
 from modellink_lora.checkpoint.peft_import import open_peft
 from modellink_lora.checkpoint.store import TRACKER, newest
@@ -22,6 +24,7 @@ def open_adapter(
     flag: str = "--lora-load",
     base: Callable[[], ModelConfig] | None = None,
     given: Mapping[str, Any] | None = None,
+    replacing: bool = False,
 ) -> Adapter:
     """The adapter that `root` names: the newest below it, or the one in it where it is an iteration's own folder.
 
@@ -29,6 +32,7 @@ def open_adapter(
         flag: the flag `root` was given by, for messages.
         base: dimensions of the model under the adapter, asked for where the adapter does not tell them itself.
         given: LoraConfig fields the user typed, for what a file may not say. They are not compared here.
+        replacing: whether tensors that the adapter holds as a whole can take the place of the base's.
     Raises:
         UserError: there is no adapter, or its files are torn, mixed up, or ask for something not offered.
     """
@@ -40,7 +44,13 @@ def open_adapter(
             raise UserError(
                 f"{flag} {root}: holds {peft[0]} of PEFT and {others[0]} as well: put them into two folders"
             )
-        return open_peft(root, flag=flag, base=base)
+        adapter = open_peft(root, flag=flag, base=base)
+        if adapter.replaced and not replacing:
+            raise UserError(f"{flag} {root}: replaces {', '.join(sorted(adapter.replaced))} as a whole "
+                            "(modules_to_save), which only merging into the base can do")  # fmt: skip
+        return adapter
+    if dist := dist_folder(root, flag=flag):
+        return open_bridge_adapter(dist, flag=flag, base=base, given=given or {})
     itself = re.fullmatch(r"iter_\d{7}|release", root.name) and not (root / TRACKER).is_file()
     if not itself and not (root / TRACKER).is_file() and (root / "config.json").is_file():
         raise UserError(f"{flag} {root}: is a Hugging Face model, not an adapter")

@@ -34,8 +34,7 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
-_TIED_HEAD = "lm_head.weight"
+_DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
 
 
 Write = Callable[[str, Iterable[Tensor]], int]  # (name, consecutive blocks of its rows) -> bytes written
@@ -115,6 +114,27 @@ class HfFolder:
     def read(self, name: str) -> Tensor:
         return self._where[name].read(name)
 
+    def complete(self, prefix: str, names: Iterable[str]) -> None:
+        """Know tensors that are stored without `prefix`, which some checkpoints leave out, by their full `names`."""
+        for name in names:
+            stored = name.removeprefix(prefix)
+            if name not in self._where and stored in self._where:
+                self._where[name] = _Renamed(self._where.pop(stored), stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """A file of which one tensor is known by another name."""
+
+    file: _File
+    stored: str
+
+    def names(self) -> list[str]:
+        return [self.stored]
+
+    def read(self, name: str) -> Tensor:
+        return self.file.read(self.stored)
+
 
 class HfModel:
     """A Hugging Face folder seen as full Megatron tensors.
@@ -126,6 +146,9 @@ class HfModel:
         self.folder = HfFolder(path, flag=flag)
         self.family: Family = family_of(str(self.folder.config.get("model_type")))
         config = self.family.read_config(self.folder.config)
+        self.folder.complete(
+            self.family.optional_prefix, (part for spec in self.family.tensors(config) for part in spec.hf)
+        )
         self._check_names(config)
         dtype = self.folder.read(next(self.family.tensors(config)).hf[0]).dtype
         self.config = dataclasses.replace(config, params_dtype=dtype_name(dtype, where=str(self.folder.path)))
@@ -133,13 +156,15 @@ class HfModel:
     def _check_names(self, config: ModelConfig) -> None:
         expected = {part for spec in self.family.tensors(config) for part in spec.hf}
         present = set(self.folder.names())
-        if not config.untie_embeddings_and_output_weights and _TIED_HEAD in present:
-            present.remove(_TIED_HEAD)
-            self.folder.dropped[_TIED_HEAD] = "a copy of the tied embedding, equal to it"
-            if not torch.equal(self.folder.read(_TIED_HEAD), self.folder.read("model.embed_tokens.weight")):
+        head = next(row.hf for row in self.family.rows if row.name == "output_layer.weight")
+        if not config.untie_embeddings_and_output_weights and head in present:
+            present.remove(head)
+            self.folder.dropped[head] = "a copy of the tied embedding, equal to it"
+            embedding = next(self.family.tensors(config)).hf[0]
+            if not torch.equal(self.folder.read(head), self.folder.read(embedding)):
                 raise UserError(
-                    f"{self.folder.path}: config.json says tie_word_embeddings true, but {_TIED_HEAD} differs from "
-                    "model.embed_tokens.weight: set it to false if the head is meant to be separate"
+                    f"{self.folder.path}: config.json says tie_word_embeddings true, but {head} differs from "
+                    f"{embedding}: set it to false if the head is meant to be separate"
                 )
         where = f"{self.folder.path} ({self.family.hf_model_types[0]}, {config.num_layers} layers)"
         if missing := sorted(expected - present):
@@ -215,6 +240,7 @@ def write_hf_folder(
     max_shard_bytes: int = 5 * 10**9,
     workers: int = 1,
     memory: int = 0,
+    check: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a model folder of sharded safetensors with an index; the folder appears under its name when it is whole.
 
@@ -224,6 +250,7 @@ def write_hf_folder(
         config: what config.json is to say.
         companions: folder whose tokenizer and generation files are copied.
         memory: bytes that jobs at work may hold together.
+        check: called with the folder before it gets its name; what it raises keeps it from that.
     """
     shards: list[list[Slot]] = [[]]
     for slot in slots:
@@ -251,6 +278,8 @@ def write_hf_folder(
         _write_json(
             temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         )
+        if check is not None:
+            check(temporary)
 
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

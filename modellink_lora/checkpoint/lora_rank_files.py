@@ -6,6 +6,7 @@ Any tensor, pipeline and virtual pipeline layout, mcore and legacy names; with t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta, base_fingerprint
 from modellink_lora.checkpoint.names import TARGETS, mcore_target
 from modellink_lora.checkpoint.rank_files import as_model
-from modellink_lora.checkpoint.rank_tree import RankTree, open_tree
+from modellink_lora.checkpoint.rank_tree import SIDECAR, RankTree, Shards, open_tree
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.models.layouts import Layout, Replicated, lora_layouts
 
-ORIGIN = "ModelLink (rank files)"
+ORIGIN, OWN = "ModelLink (rank files)", "this program's rank files"
 
 
 def open_lora_rank_files(
@@ -40,6 +41,8 @@ def open_lora_rank_files(
     tree = open_tree(folder, flag=flag)
     if not tree.holds_adapter:
         raise UserError(f"{flag} {folder}: holds a model without LoRA factors: give it to --load, not to {flag}")
+    if tree.sidecars:
+        return _own_adapter(tree)
     if base is not None:
         config = base()
     elif tree.holds_layers:
@@ -53,12 +56,7 @@ def open_lora_rank_files(
     lora, notes = _hyper_parameters(tree, shapes, given, flag)
 
     def read(name: str) -> Tensor:
-        shards = [tree.lora[rank, tree.stage_of(name)][name] for rank in range(tree.tp)]
-        layout = layouts[name]
-        if type(layout) is Replicated and not all(torch.equal(shard, shards[0]) for shard in shards):
-            raise UserError(f"{folder}: the tensor-parallel ranks hold different copies of {name}: the run that wrote "
-                            "them was out of step, so there is no one adapter to read")  # fmt: skip
-        return layout.gather(shards)
+        return _gather(tree, tree.lora, name, layouts[name])
 
     if tree.holds_layers:
         fingerprint = _fingerprint(tree, config)
@@ -67,6 +65,49 @@ def open_lora_rank_files(
         notes += (f"{folder} holds copies of the embedding and the output layer; they are the base's and not read",)
     meta = AdapterMeta(lora, config, fingerprint, tree.iteration)
     return Adapter(folder, meta, shapes, ORIGIN, notes, read)
+
+
+def _own_adapter(tree: RankTree) -> Adapter:
+    """The adapter that this program wrote into the files, with what ModelLink's keys cannot say beside them."""
+    broken = f"{tree.folder}: what is kept of the adapter in {SIDECAR} "
+    if tree.sidecars.keys() != tree.lora.keys():
+        raise UserError(f"{broken}is not in every file: they are of different checkpoints")
+    try:
+        documents = {sidecar["adapter"] for sidecar in tree.sidecars.values()}
+        kept = {key: sidecar["stored"] for key, sidecar in tree.sidecars.items()}
+        (document,) = documents
+        meta = AdapterMeta.from_json(json.loads(document))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{broken}is damaged or differs among the files ({error})") from None
+    _check_layers(tree, meta.model)
+    layouts = _layouts(tree, meta.model)
+    shapes = {}
+    for name, layout in layouts.items():
+        common, (module, _, factor) = _full_shape(tree, name, layout), name.rpartition(".")
+        r = meta.lora.rank_of(module)
+        if common[factor == "lora_B"] < r:
+            raise UserError(f"{broken}says rank {r} for {module}, {factor} has the shape {common}")
+        shapes[name] = (r, common[1]) if factor == "lora_A" else (common[0], r)
+
+    def stored(name: str) -> Tensor:
+        exact, (_, _, factor) = name in kept[0, tree.stage_of(name)], name.rpartition(".")
+        full = _gather(tree, kept if exact else tree.lora, name, layouts[name])
+        r = shapes[name][factor == "lora_B"]
+        return full if exact else (full[:r] if factor == "lora_A" else full[:, :r].contiguous())
+
+    return Adapter(tree.folder, meta, shapes, OWN, (), stored)
+
+
+def _gather(tree: RankTree, files: Shards, name: str, layout: Layout) -> Tensor:
+    """The full tensor, after comparing the copies of one that is not cut."""
+    try:
+        shards = [files[rank, tree.stage_of(name)][name] for rank in range(tree.tp)]
+    except KeyError:
+        raise UserError(f"{tree.folder}: {name} is not on every tensor-parallel rank") from None
+    if type(layout) is Replicated and not all(torch.equal(shard, shards[0]) for shard in shards):
+        raise UserError(f"{tree.folder}: the tensor-parallel ranks hold different copies of {name}: the run that wrote "
+                        "them was out of step, so there is no one adapter to read")  # fmt: skip
+    return layout.gather(shards)
 
 
 def _check_layers(tree: RankTree, config: ModelConfig) -> None:

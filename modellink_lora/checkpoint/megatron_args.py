@@ -21,7 +21,10 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 # Fields that a file of another program may have wrong; a flag replaces them instead of contradicting them.
 _UNRELIABLE = {
     "rotary_base", "rope_scaling_type", "rope_scaling_factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by",
+    "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by", "rotary_percent",
+    "rotary_interleaved", "position_embedding_type", "geglu", "gelu_tanh", "add_rmsnorm_offset", "input_embeds_norm",
+    "scale_emb", "scale_depth", "dim_model_base", "normalize_head", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping",
 }  # fmt: skip
 
 
@@ -53,6 +56,11 @@ def model_config(
     return config.with_flags(dict(rest), where)
 
 
+def names_its_model(args: argparse.Namespace) -> bool:
+    """Whether the args are of this program and so say all of a ModelConfig."""
+    return hasattr(args, COMPLETE)
+
+
 def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str) -> dict[str, Any]:
     """What Megatron's own spelling of `args` says, in ModelConfig fields."""
     if getattr(args, "use_rotary_position_embeddings", False):
@@ -64,10 +72,18 @@ def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str)
     if stored.get("rope_scaling_type") is None:
         for name in ("rope_scaling_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             stored.pop(name, None)
-    elif stored["rope_scaling_type"] not in ("linear", "llama3"):
-        raise UserError(f"{where}: rope_scaling_type {stored['rope_scaling_type']!r} is not supported (linear, llama3)")
-    if getattr(args, "add_dense_bias", False):
-        raise UserError(f"{where}: was made with --add-dense-bias; biases outside q, k and v are not supported")
+    elif stored["rope_scaling_type"] not in ("linear", "llama3", "dynamic"):
+        raise UserError(
+            f"{where}: rope_scaling_type {stored['rope_scaling_type']!r} is not supported (linear, llama3, dynamic)"
+        )
+    if getattr(args, "use_glm_rope", False):
+        stored["rotary_interleaved"] = True
+    if stored.get("position_embedding_type") == "alibi":
+        stored["rotary_percent"] = 1.0  # a default there, without meaning
+    # --geglu is exact there, but the models it is used for, Gemma's, were made with the tanh approximation; a GELU
+    # without gate (BLOOM) is one there too
+    gated, silu = stored.get("geglu", False), stored.get("swiglu", False)
+    stored["gelu_tanh"] = not silu and (not gated or bool(stored.get("add_rmsnorm_offset")))
     stored.pop("params_dtype", None)
     for name in ("attention_dropout", "hidden_dropout"):
         stored.pop(name, None)  # 0.1 there is a default of Megatron's parser; Llama-like models have none
@@ -107,8 +123,9 @@ def namespace(
         "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
         "use_mcore_models": not legacy,
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
-        "use_rotary_position_embeddings": True,
-        "add_bias_linear": False,
+        "use_rotary_position_embeddings": config.position_embedding_type == "rope",
+        "use_glm_rope": config.rotary_interleaved,
+        "add_bias_linear": config.add_qkv_bias and config.add_dense_bias and config.add_mlp_bias,
         "seq_length": config.max_position_embeddings,
         "sliding_window": config.sliding_window,
         "tokenizer_type": "PretrainedFromHF",

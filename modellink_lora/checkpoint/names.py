@@ -13,6 +13,8 @@ _TARGETS_FROM_LEGACY = {legacy: mcore for mcore, legacy in TARGETS.items()}
 _LAYER = {  # below decoder.layers.i. <-> below layers.i.
     "input_layernorm": "input_norm",
     "pre_mlp_layernorm": "post_attention_norm",
+    "post_attn_norm": "post_attn_norm",
+    "post_mlp_layernorm": "post_mlp_layernorm",
     **{f"self_attention.{m}": f"self_attention.{TARGETS[m]}" for m in ("linear_qkv", "linear_proj")},
     "self_attention.q_layernorm": "self_attention.q_layernorm",
     "self_attention.k_layernorm": "self_attention.k_layernorm",
@@ -22,7 +24,10 @@ _LAYER_FROM_LEGACY = {legacy: mcore for mcore, legacy in _LAYER.items()}
 
 _TOP = {  # legacy: path of nested dictionaries, then the key
     "embedding.word_embeddings.weight": ("language_model", "embedding", "word_embeddings", "weight"),
+    "embedding.word_embeddings.norm.weight": ("language_model", "embedding", "word_embeddings", "norm.weight"),
+    "embedding.word_embeddings.norm.bias": ("language_model", "embedding", "word_embeddings", "norm.bias"),
     "decoder.final_layernorm.weight": ("language_model", "encoder", "final_norm.weight"),
+    "decoder.final_layernorm.bias": ("language_model", "encoder", "final_norm.bias"),
     "output_layer.weight": ("language_model", "output_layer", "weight"),
 }
 _TIED_HEAD = ("word_embeddings_for_head", "weight")  # the last stage's copy of a tied embedding

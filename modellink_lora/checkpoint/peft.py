@@ -1,13 +1,14 @@
 """An adapter as a folder that the PEFT library loads unmodified: adapter_config.json and adapter_model.safetensors.
 
 PEFT adapts q, k and v (and gate and up) one by one. Ours shares one lora_A among them, so each gets a copy of A and its
-own rows of B, which the layout of the fused weight picks out.
+own rows of B, which the layout of the fused weight picks out. An adapter that came from PEFT, and was not trained on,
+comes apart into the tensors and settings that it was.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter
+from modellink_lora.checkpoint.blocks import take_apart
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.models.families import family_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -33,36 +34,58 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None) -> lis
 
 def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """(PEFT name, tensor) of every factor."""
-    for module, projections in _projections(adapter):
-        spec = family_of(adapter.meta.model.hf_model_type).tensor(f"{module}.weight", adapter.meta.model)
-        a = adapter.read(f"{module}.lora_A")  # [r, in]
-        parts = spec.layout.split(adapter.read(f"{module}.lora_B"))  # of [out, r]
-        for projection, b in zip(projections, parts, strict=True):
-            yield f"base_model.model.{projection}.lora_A.weight", a.clone()
-            yield f"base_model.model.{projection}.lora_B.weight", b.contiguous()
+    for module in adapter.modules:
+        layout, origin = adapter.layout(module), adapter.meta.peft
+        a, b = adapter.stored(f"{module}.lora_A"), adapter.stored(f"{module}.lora_B")  # [R, in], [out, R]
+        if origin:
+            factors = take_apart(a, b, layout, origin.blocks[module])
+        else:
+            factors = [(a.clone(), part.contiguous()) for part in layout.split(b)]
+        for projection, pair in zip(adapter.projections(module), factors, strict=True):
+            if pair:
+                yield f"base_model.model.{projection}.lora_A.weight", pair[0]
+                yield f"base_model.model.{projection}.lora_B.weight", pair[1]
 
 
 def peft_config(adapter: Adapter, *, base_model: str | None) -> dict[str, Any]:
     """adapter_config.json. Patterns name full module paths, which PEFT matches as suffixes."""
+    if origin := adapter.meta.peft:
+        named = {"base_model_name_or_path": base_model} if base_model else {}
+        return {**origin.settings, **named}
     lora = adapter.meta.lora
-    projections = dict(_projections(adapter))
-    ranks = {p: lora.rank_of(module) for module, parts in projections.items() for p in parts}
-    alphas = {p: lora.alpha_of(module) for module, parts in projections.items() for p in parts}
+    found = {module: adapter.projections(module) for module in adapter.modules}
+    ranks = {p: lora.rank_of(module) for module, parts in found.items() for p in parts}
+    alphas = {p: lora.alpha_of(module) for module, parts in found.items() for p in parts}
+    count = adapter.meta.model.num_layers
+    settings = settings_of(ranks, alphas, r=lora.r, alpha=lora.alpha, num_layers=count, base_model=base_model)
+    return settings | {"lora_dropout": lora.dropout, "use_rslora": lora.use_rslora}
+
+
+def settings_of(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    r: int,
+    alpha: float,
+    num_layers: int,
+    base_model: str | None,
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter on the Hugging Face modules `ranks`."""
     layers = {p.split(".")[2] for p in ranks}
     short = sorted({p.rsplit(".", 1)[-1] for p in ranks})
-    everywhere = len(ranks) == len(short) * len(layers) == len(short) * adapter.meta.model.num_layers
+    everywhere = len(ranks) == len(short) * len(layers) == len(short) * num_layers
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
         "target_modules": short if everywhere else sorted(ranks),
-        "rank_pattern": {p: r for p, r in ranks.items() if r != lora.r},
-        "alpha_pattern": {p: alpha for p, alpha in alphas.items() if alpha != lora.alpha},
+        "rank_pattern": {p: rank for p, rank in ranks.items() if rank != r},
+        "alpha_pattern": {p: value for p, value in alphas.items() if value != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -71,10 +94,10 @@ def peft_config(adapter: Adapter, *, base_model: str | None) -> dict[str, Any]:
     }
 
 
-def _projections(adapter: Adapter) -> Iterator[tuple[str, list[str]]]:
-    """(our fused module, Hugging Face modules it consists of)."""
-    model = adapter.meta.model
-    family = family_of(model.hf_model_type)
-    for module in adapter.modules:
-        parts = family.tensor(f"{module}.weight", model).hf
-        yield module, [part.removesuffix(".weight") for part in parts]
+def scalings(adapter: Adapter) -> set[float]:
+    """alpha / r of every projection. Loaders that read no patterns, such as vLLM's, need a single one."""
+    lora, origin = adapter.meta.lora, adapter.meta.peft
+    if origin is None:
+        return {lora.scaling_of(module) for module in adapter.modules}
+    parts = [block for blocks in origin.blocks.values() for block in blocks if block]
+    return {block.scaling(rslora=lora.use_rslora) for block in parts}

@@ -2,18 +2,18 @@
 
 PEFT adapts q, k and v (and gate and up) one by one, so each has its own A and scaling; a fused linear has one A [r, in]
 and one B [out, r]. The different A's are stacked, and each projection's B fills the columns of its own A and zeros
-elsewhere: B A is then row for row what PEFT adds. A's that are equal bit for bit are kept once.
-Letters: r rank of one projection, R of the fused factor.
+elsewhere: B A is then row for row what PEFT adds. A's that are equal bit for bit are kept once. blocks.py says where
+each projection lies, so that exporting gives the same tensors again. Letters: r rank of one projection, R of the fused
+factor.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta
+from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.names import TARGETS
 from modellink_lora.checkpoint.peft import CONFIG, TENSORS
-from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.checkpoint.projections import Part, assemble
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
-from modellink_lora.models.layouts import Layout
+from modellink_lora.models.layouts import Replicated, Vocab
 from modellink_lora.models.shapes import full_shape
-from modellink_lora.parallel.random import kaiming_uniform
 
 ORIGIN = "PEFT"
 # Settings that say how the adapter was trained, or that the tensors show; every other one must be off.
@@ -40,36 +39,10 @@ _HARMLESS = {
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size",
     "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "ensure_weight_tying",
 }  # fmt: skip
+_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # safetensors' names
 # Other ways of starting change the base's weights as well.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The factors of one Hugging Face projection."""
-
-    name: str  # e.g. model.layers.0.self_attn.q_proj
-    r: int
-    alpha: float
-    scaling: float
-
-
-@dataclass(frozen=True)
-class _Fused:
-    """One of our linears: what PEFT has of each projection, and where each A begins in the fused one."""
-
-    layout: Layout
-    rows: tuple[int, ...]  # of each projection
-    parts: tuple[_Part | None, ...]
-    starts: tuple[int, ...]  # row of the fused A at which a projection's begins
-    r: int
-    alpha: float
-    scaling: float
-
-    def fold(self, part: _Part) -> float:
-        """What B is multiplied by so that one scaling does for the whole linear."""
-        return part.scaling / self.scaling
 
 
 def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None) -> Adapter:
@@ -87,38 +60,35 @@ def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            kinds = {file.get_slice(name).get_dtype() for name in found}
+            kinds = {name: file.get_slice(name).get_dtype() for name in found}
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: damaged or cut short ({error})") from None
-    if strange := sorted(kinds - {"F32", "F16", "BF16"}):
+    if strange := sorted(set(kinds.values()) - _DTYPES.keys()):
         raise UserError(f"{folder / TENSORS}: holds tensors of dtype {strange[0]}; F32, BF16 and F16 are supported")
 
-    def load(part: _Part, factor: str) -> Tensor:
+    def load(part: Part, factor: str) -> Tensor:
         with safe_open(folder / TENSORS, framework="pt") as file:
             return file.get_tensor(f"base_model.model.{part.name}.lora_{factor}.weight")
 
-    parts = _parts(folder, found, settings, config)
-    targets = tuple(name for name in TARGETS if name in {module.rsplit(".", 1)[-1] for module in parts})
-    rslora = bool(settings.get("use_rslora"))
-    fused = {module: _fuse(module, held, config, load, rslora=rslora) for module, held in parts.items()}
-    bare = [m for m in _modules(config, targets) if m not in fused]
-    shapes = {}
-    for module in _modules(config, targets):
-        out_features, in_features = full_shape(f"{module}.weight", config)
-        r = fused[module].r if module in fused else settings["r"]
-        shapes |= {f"{module}.lora_A": (r, in_features), f"{module}.lora_B": (out_features, r)}
+    whole = {name for name in found if _FACTOR.fullmatch(name) is None}
+    replaced = _replaced(folder, {name: found[name] for name in sorted(whole)}, settings, config)
+    factors = {name: shape for name, shape in found.items() if name not in whole}
+    adapter = assemble(
+        folder, _parts(folder, factors, kinds, settings, config), load, settings, config, origin=ORIGIN
+    )  # fmt: skip
+    if not replaced:
+        return adapter
+    reader = adapter.reader
+    assert reader is not None
 
     def read(name: str) -> Tensor:
-        module, _, factor = name.rpartition(".")
-        if module not in fused:
-            # a new adapter: it adds nothing, and can learn
-            return kaiming_uniform(name, shapes[name], seed=0) if factor == "lora_A" else torch.zeros(shapes[name])
-        return _fused_a(fused[module], load) if factor == "lora_A" else _fused_b(fused[module], load)
+        if name not in replaced:
+            return reader(name)
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            return file.get_tensor(replaced[name])
 
-    folded = [m for m, x in fused.items() if any(p and x.fold(p) != 1.0 for p in x.parts)]
-    lora = _lora(settings, targets, fused, bare, wide="F32" in kinds or bool(folded))
-    meta = AdapterMeta(lora, config, None, 0)
-    return Adapter(folder, meta, shapes, ORIGIN, _notes(folder, fused, bare, folded), read)
+    notes = (*adapter.notes, f"{folder}: {', '.join(sorted(replaced))} are taken from it as a whole (modules_to_save)")
+    return dataclasses.replace(adapter, notes=notes, replaced=frozenset(replaced), reader=read)
 
 
 def _settings(folder: Path, flag: str) -> dict[str, Any]:
@@ -135,7 +105,7 @@ def _settings(folder: Path, flag: str) -> dict[str, Any]:
     if settings["peft_type"] != "LORA":
         raise UserError(f"{path}: peft_type {settings['peft_type']} is not supported; LORA is")
     for name, value in settings.items():
-        if value and name not in _HARMLESS:
+        if value and name not in _HARMLESS and name != "modules_to_save":
             raise UserError(f"{path}: {name} {json.dumps(value)} is not supported")
     for name, allowed in (
         ("bias", (None, "none")), ("task_type", (None, "CAUSAL_LM")), ("init_lora_weights", _STARTS),
@@ -149,8 +119,12 @@ def _settings(folder: Path, flag: str) -> dict[str, Any]:
 
 
 def _parts(
-    folder: Path, found: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], config: ModelConfig
-) -> dict[str, list[_Part | None]]:
+    folder: Path,
+    found: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, str],
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+) -> dict[str, list[Part | None]]:
     """Our module -> what PEFT has of each of its projections. Every tensor of the file must find its place."""
     places = {}
     for spec in family_of(config.hf_model_type).tensors(config):
@@ -159,11 +133,10 @@ def _parts(
             blank = torch.empty(full_shape(spec.name, config), device="meta")
             for index, (hf, piece) in enumerate(zip(spec.hf, spec.layout.split(blank), strict=True)):
                 places[hf.removesuffix(".weight")] = (module, index, tuple(piece.shape), len(spec.hf))
-    parts: dict[str, list[_Part | None]] = {}
+    parts: dict[str, list[Part | None]] = {}
     for name in found:
         match = _FACTOR.fullmatch(name)
-        if match is None:
-            raise UserError(f"{folder / TENSORS}: holds {name}, which is no LoRA factor of a linear layer{_why(name)}")
+        assert match is not None
         hf, factor = match.groups()
         if hf not in places:
             raise UserError(f"{folder / TENSORS}: adapts {hf}, which is not among the linears that can be adapted here "
@@ -179,10 +152,41 @@ def _parts(
             if not alpha > 0:
                 raise UserError(f"{folder / CONFIG}: the alpha {alpha:g} of {hf} is not above 0")
             scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
-            parts.setdefault(module, [None] * count)[index] = _Part(hf, r, alpha, scaling)
+            dtypes = tuple(_DTYPES[kinds[f"base_model.model.{hf}.lora_{x}.weight"]] for x in "AB")
+            parts.setdefault(module, [None] * count)[index] = Part(hf, r, alpha, scaling, (dtypes[0], dtypes[1]))
     if not parts:
         raise UserError(f"{folder / TENSORS}: holds no tensors")
     return parts
+
+
+def _replaced(
+    folder: Path, found: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any], config: ModelConfig
+) -> dict[str, str]:
+    """Global name -> tensor of the file, of what it holds besides factors: embedding, head and norms as a whole."""
+    places = {
+        f"base_model.model.{spec.hf[0]}": spec
+        for spec in family_of(config.hf_model_type).tensors(config)
+        if len(spec.hf) == 1 and type(spec.layout) in (Vocab, Replicated)
+    }
+    replaced = {}
+    for name, shape in found.items():
+        if name not in places:
+            raise UserError(f"{folder / TENSORS}: holds {name}, which is no LoRA factor of a linear layer{_why(name)}")
+        spec = places[name]
+        blank = torch.empty(full_shape(spec.name, config), device="meta")
+        expected = tuple(spec.layout.split(blank)[0].shape)
+        if shape != expected:
+            raise UserError(f"{folder / TENSORS}: {name} is {shape}, the base's {expected}: a vocabulary that was "
+                            "resized cannot be put on it")  # fmt: skip
+        if isinstance(spec.layout, Vocab) and not config.untie_embeddings_and_output_weights:
+            raise UserError(f"{folder / TENSORS}: replaces {name}, whose weights embedding and head share in the base: "
+                            "modules_to_save is not supported there")  # fmt: skip
+        replaced[spec.name] = name
+    for module in settings.get("modules_to_save") or ():
+        if not any(f".{name.removesuffix('.weight')}".endswith(f".{module}") for name in found):
+            raise UserError(f"{folder / CONFIG}: modules_to_save {json.dumps(module)} is not supported: its weights "
+                            "are not in the folder; embed_tokens, lm_head and norms can be replaced")  # fmt: skip
+    return replaced
 
 
 def _why(name: str) -> str:
@@ -201,105 +205,3 @@ def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) ->
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
-
-
-def _modules(config: ModelConfig, targets: Sequence[str]) -> list[str]:
-    names = (spec.name for spec in family_of(config.hf_model_type).tensors(config) if spec.name.endswith(".weight"))
-    modules = (name.removesuffix(".weight") for name in names)
-    return [module for module in modules if module.rsplit(".", 1)[-1] in targets]
-
-
-def _fuse(
-    module: str,
-    parts: Sequence[_Part | None],
-    config: ModelConfig,
-    load: Callable[[_Part, str], Tensor],
-    *,
-    rslora: bool,
-) -> _Fused:
-    """Place the projections' A's one below the other, equal ones of equal scaling on top of each other."""
-    blocks: list[tuple[Tensor, float, int]] = []  # (A, scaling, first row)
-    starts, r = [], 0
-    for part in parts:
-        if part is None:
-            starts.append(0)
-            continue
-        a = load(part, "A")
-        same = [start for other, scaling, start in blocks if scaling == part.scaling and torch.equal(other, a)]
-        starts.append(same[0] if same else r)
-        if not same:
-            blocks.append((a, part.scaling, r))
-            r += part.r
-    layout = family_of(config.hf_model_type).tensor(f"{module}.weight", config).layout
-    blank = torch.empty(full_shape(f"{module}.weight", config), device="meta")
-    rows = tuple(piece.shape[0] for piece in layout.split(blank))
-    first = next(part for part in parts if part)  # its scaling is the whole linear's, with the alpha that gives it
-    alpha = first.alpha if r == first.r else first.alpha * (math.sqrt(r / first.r) if rslora else r / first.r)
-    return _Fused(layout, rows, tuple(parts), tuple(starts), r, alpha, first.scaling)
-
-
-def _fused_a(x: _Fused, load: Callable[[_Part, str], Tensor]) -> Tensor:
-    """[R, in]"""
-    at = {start: part for part, start in zip(x.parts, x.starts, strict=True) if part}
-    return torch.cat([load(at[start], "A") for start in sorted(at)])
-
-
-def _fused_b(x: _Fused, load: Callable[[_Part, str], Tensor]) -> Tensor:
-    """[out, R], rows in the order of the fused weight"""
-    factors = [load(part, "B") if part else None for part in x.parts]  # [out of the projection, r]
-    if any(part and x.fold(part) != 1.0 for part in x.parts):
-        factors = [b if b is None else b.float() for b in factors]
-    dtype = max((b.dtype for b in factors if b is not None), key=lambda dtype: dtype.itemsize)
-    blocks = []
-    for part, start, rows, b in zip(x.parts, x.starts, x.rows, factors, strict=True):
-        block = torch.zeros(rows, x.r, dtype=dtype)
-        if part is not None and b is not None:
-            block[:, start : start + part.r] = b if x.fold(part) == 1.0 else b.double() * x.fold(part)
-        blocks.append(block)
-    return x.layout.fuse(blocks)
-
-
-def _lora(
-    settings: Mapping[str, Any], targets: tuple[str, ...], fused: Mapping[str, _Fused], bare: list[str], *, wide: bool
-) -> LoraConfig:
-    r, alpha, rslora = settings["r"], float(settings["lora_alpha"]), bool(settings.get("use_rslora"))
-    ranks = {module: x.r for module, x in fused.items()} | dict.fromkeys(bare, r)
-    alphas = {module: x.alpha for module, x in fused.items()} | dict.fromkeys(bare, alpha)
-    # fp32 factors stay so on a base of 16 bits, as PEFT itself keeps them
-    return LoraConfig(
-        r, alpha, float(settings.get("lora_dropout") or 0.0), targets, rslora, "fp32" if wide else None,
-        _pattern(ranks, r), _pattern(alphas, alpha),
-    )  # fmt: skip
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern for LoraConfig: the commonest value of a kind of linear by its short name, others by their full one."""
-    pattern = {}
-    for kind in {module.rsplit(".", 1)[-1]: None for module in values}:
-        own = {module: value for module, value in values.items() if module.endswith("." + kind)}
-        common = Counter(own.values()).most_common(1)[0][0]
-        if common != default:
-            pattern[kind] = common
-        pattern |= {module: value for module, value in own.items() if value != common}
-    return pattern
-
-
-def _notes(folder: Path, fused: Mapping[str, _Fused], bare: list[str], folded: list[str]) -> tuple[str, ...]:
-    """What differs from the adapter as PEFT would go on training it."""
-    notes = []
-    own = {m.rsplit(".", 1)[-1]: x.r for m, x in fused.items() if len(set(x.starts)) > 1}
-    if own:
-        what = ", ".join(f"{kind} of rank {r}" for kind, r in own.items())
-        notes.append(f"{folder}: projections with a lora_A of their own are kept side by side in {what}; the same "
-                     "function, but training on may mix them")  # fmt: skip
-    some = sorted({kind for module, x in fused.items() if None in x.parts for kind in [module.rsplit(".", 1)[-1]]})
-    if some:
-        notes.append(f"{folder}: adapts a part of {' and '.join(some)} only; the rest has zeros in lora_B, which "
-                     "training on will fill")  # fmt: skip
-    if folded:
-        notes.append(f"{folder}: alpha / r differs among the projections of {len(folded)} linears, e.g. {folded[0]}; "
-                     "the ratio was multiplied into lora_B in fp32")  # fmt: skip
-    if bare:
-        notes.append(f"{folder}: leaves out {len(bare)} linears, e.g. {bare[0]}; they get new factors with zeros in "
-                     "lora_B, which training on will fill")  # fmt: skip
-    return tuple(notes)

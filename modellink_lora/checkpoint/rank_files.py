@@ -23,7 +23,7 @@ from modellink_lora.checkpoint.store import newest, read_tracker
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families import family_of
+from modellink_lora.models.families import family_of, guess_model_type
 from modellink_lora.models.family import Family, TensorSpec
 from modellink_lora.parallel.partition import Partition
 
@@ -140,7 +140,7 @@ def as_model(
     if _check_tied_copy(args, tree):
         reason = "the last stage's copy of the tied embedding, equal to it"
         tree = dataclasses.replace(tree, dropped={**tree.dropped, HEAD: reason})
-    sizes = _measure(args, tree)
+    sizes = _measure(args, tree, model_flags)
     config = megatron_args.model_config(args, sizes, model_flags or {}, where=f"{flag} {root}")
     result = RankFiles(root, iteration, args, config, tree.base[0, 0][EMBEDDING].dtype, tree)
     _check_tensors(result)
@@ -173,10 +173,21 @@ def _same_head(shards: Shards, rank: int, stages: int) -> bool:
     return embedding is not None and torch.equal(shards[rank, stages - 1][HEAD], embedding)
 
 
-def _measure(args: argparse.Namespace, tree: RankTree) -> dict[str, Any]:
-    """ModelConfig fields that the tensors tell by themselves."""
+_LAYER = "decoder.layers.0."
+_TOLD_BY = {  # ModelConfig field: the tensor that is there where it is set
+    "add_qkv_bias": (_LAYER, "self_attention.linear_qkv.bias"),
+    "add_dense_bias": (_LAYER, "self_attention.linear_proj.bias"),
+    "add_mlp_bias": (_LAYER, "mlp.linear_fc1.bias"),
+    "qk_layernorm": (_LAYER, "self_attention.q_layernorm.weight"),
+    "post_norm": (_LAYER, "post_attn_norm.weight"),
+    "embed_layernorm": ("", "embedding.word_embeddings.norm.weight"),
+}
+
+
+def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """ModelConfig fields that the tensors tell by themselves. Only with a gate can they not tell which kind it is."""
     tensors, tp, folder = tree.base[0, 0], tree.tp, tree.folder
-    layer = "decoder.layers.0."
+    layer = _LAYER
     need = {
         "embedding": EMBEDDING, "qkv": layer + "self_attention.linear_qkv.weight",
         "proj": layer + "self_attention.linear_proj.weight", "fc1": layer + "mlp.linear_fc1.weight",
@@ -191,6 +202,7 @@ def _measure(args: argparse.Namespace, tree: RankTree) -> dict[str, Any]:
             f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs"
         )
     head_dim = proj[1] * tp // heads
+    gated, geglu = fc1[0] == 2 * fc2[1], bool(getattr(args, "geglu", False) or (flags or {}).get("geglu"))
     fields = {
         "num_layers": sum(tree.partition.counts),
         "hidden_size": embedding[1],
@@ -198,15 +210,22 @@ def _measure(args: argparse.Namespace, tree: RankTree) -> dict[str, Any]:
         "kv_channels": head_dim,
         "num_query_groups": (qkv[0] * tp // head_dim - heads) // 2,
         "ffn_hidden_size": fc2[1] * tp,
-        "swiglu": fc1[0] == 2 * fc2[1],
-        "add_qkv_bias": layer + "self_attention.linear_qkv.bias" in tensors,
-        "qk_layernorm": layer + "self_attention.q_layernorm.weight" in tensors,
+        "swiglu": gated and not geglu,
+        "geglu": gated and geglu,
+        "normalization": "LayerNorm" if layer + "input_layernorm.bias" in tensors else "RMSNorm",
+        **{field: where + name in tensors for field, (where, name) in _TOLD_BY.items()},
         "params_dtype": dtypes.dtype_name(tensors[EMBEDDING].dtype, where=str(folder)),
     }
     if not isinstance(getattr(args, "vocab_size", None), int):
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
+    said = getattr(args, "normalization", None) or fields["normalization"]
+    if said != fields["normalization"]:
+        bias = "has a" if said == "RMSNorm" else "lacks its"
+        raise UserError(
+            f"{folder}: args say normalization {said}, but {_LAYER}input_layernorm {bias} bias: files are mixed up"
+        )
     if not hasattr(args, "hf_model_type"):
-        fields["hf_model_type"] = "qwen3" if fields["qk_layernorm"] else "qwen2" if fields["add_qkv_bias"] else "llama"
+        fields["hf_model_type"] = guess_model_type({**vars(args), **(flags or {}), **fields})
     return fields
 
 

@@ -24,6 +24,7 @@ from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
 
 FILE = "model_optim_rng.pt"
+SIDECAR = "modellink_lora"  # key beside `model` in rank files that hold an adapter of this program
 HF_FILES = "hf"  # folder below the checkpoint's root with config.json and tokenizer of the source model
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Spelling = Literal["mcore", "legacy"]
@@ -54,6 +55,7 @@ class RankTree:
     base: Shards  # `.base_layer.` taken out of the names
     lora: Shards  # `<global module>.lora_A`, `.lora_B`
     dropped: Mapping[str, str] = field(default_factory=dict)  # what is there and not used -> why
+    sidecars: Mapping[tuple[int, int], Any] = field(default_factory=dict)  # of this program's adapters
 
     @property
     def holds_adapter(self) -> bool:
@@ -122,6 +124,7 @@ def open_tree(folder: Path, *, flag: str) -> RankTree:
     tree = RankTree(
         folder, _number(files[0, 0].get("iteration")), args if isinstance(args, argparse.Namespace) else None,
         tp, partition, spelling, base, lora, dropped,
+        {key: file[SIDECAR] for key, file in files.items() if SIDECAR in file},
     )  # fmt: skip
     _check_args_layout(tree)
     return tree
@@ -138,8 +141,7 @@ def _load_all(folder: Path, flag: str) -> dict[tuple[int, int], dict[str, Any]]:
             raise UserError(f"{path}: expert-parallel checkpoints are not supported in this version")
         found[int(match.group(1)), int(match.group(2) or 0)] = path / FILE
     if not found:
-        hint = "a torch_dist checkpoint is not read by this version" if (folder / ".metadata").exists() else "empty"
-        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders ({hint})")
+        raise UserError(f"{flag} {folder}: holds no mp_rank_* folders (it is empty)")
     tp, stages = max(rank for rank, _ in found) + 1, max(stage for _, stage in found) + 1
     for rank in range(tp):
         for stage in range(stages):

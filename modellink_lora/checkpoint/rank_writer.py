@@ -79,6 +79,7 @@ def write_rank_files(
     workers: int = 1,
     memory: int = 0,
     memory_of: Callable[[str], int] = lambda name: 0,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a checkpoint and point the tracker at it when all is there.
 
@@ -86,6 +87,7 @@ def write_rank_files(
         shards: asked once for every place of every tensor.
         hf_files: model folder whose config and tokenizer files are kept in `<root>/hf`.
         memory: bytes that workers may hold together; `memory_of` a tensor of this name.
+        check: called with the folder before it gets its name; what it raises keeps it from that.
     Returns:
         The folder of the iteration.
     """
@@ -115,6 +117,8 @@ def write_rank_files(
         for file in files.values():
             _put_checksums(file)
             file.finish()
+        if check is not None:
+            check(temporary)
     if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
         with replacing_folder(root / HF_FILES) as temporary:
             copy_companions(hf_files, temporary)

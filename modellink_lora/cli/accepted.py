@@ -28,10 +28,10 @@ _SWITCHES = {
     "reuse-fp32-param": "it restores the fp32 weights bit by bit from bf16 and a residual; here both are kept",
     "no-load-rng": "dropout follows from the seed and the sample, so there are no random states to load",
     "use-rotary-position-embeddings": (
-        "rotary positions are the only ones here; without --load also give --position-embedding-type rope"
+        "the checkpoint says which positions the model has; without --load give --position-embedding-type rope"
     ),
     "group-query-attention": "--num-query-groups or the checkpoint says how many groups there are",
-    "disable-bias-linear": "no model of this version has biases on its linear layers, except --add-qkv-bias",
+    "disable-bias-linear": "the checkpoint says which linears have biases; without --load --add-*-bias do",
     "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",
     "exit-on-missing-checkpoint": "a --load or --lora-load that holds no checkpoint always ends the run",
 }
@@ -60,7 +60,6 @@ _WITH_VALUE = {
 ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
 
 _NO_EXPERTS = "mixture-of-experts models are not available in this version; use a dense model"
-_NO_SUCH_FAMILY = "no model family of this version has it (they are Llama-like: RMSNorm, SwiGLU, rotary positions)"
 
 REFUSED: dict[str, str] = {
     "num-experts": _NO_EXPERTS,
@@ -84,11 +83,4 @@ REFUSED: dict[str, str] = {
         "a tensor that is missing from a checkpoint, or unknown, always ends the run; convert the checkpoint with "
         "convert_ckpt.py, or correct the model flags"
     ),
-    "add-dense-bias": _NO_SUCH_FAMILY,
-    "add-rmsnorm-offset": _NO_SUCH_FAMILY,
-    "input-embeds-norm": _NO_SUCH_FAMILY,
-    "geglu": _NO_SUCH_FAMILY,
-    "scale-emb": _NO_SUCH_FAMILY,
-    "dim-model-base": _NO_SUCH_FAMILY,
-    "scale-depth": _NO_SUCH_FAMILY,
 }

@@ -18,9 +18,6 @@ _EXPERTS = "mixture-of-experts models are not available in this version; leave t
 REFUSED = {
     "moe-grouped-gemm": _EXPERTS,
     "num-experts": _EXPERTS,
-    "post-norm": "models with norms after their sublayers (Gemma 2) are not available in this version",
-    "embed-layernorm": "models with a norm on the embedding (BLOOM) are not available in this version",
-    "add-dense-bias": "biases outside q, k and v (InternLM) are not available in this version",
     "spec": "layers are built from the model family; --model-type-hf and config.json choose it",
 }
 ACCEPTED = {

@@ -52,6 +52,11 @@ def report(config: PlanConfig, lora: LoraConfig) -> None:
         raise UserError(
             f"--seq-length {config.seq_length} exceeds the model's {model.max_position_embeddings} positions"
         )
+    if beyond := model.beyond_llama():
+        raise UserError(
+            f"--model {config.model} has {', '.join(beyond)}, whose memory and time are not modelled: layouts are "
+            "planned for Llama-like models only; measure a few iterations instead (--train-iters 5)"
+        )
     machine, origin = _machine(config)
     work = Workload(
         model=model, linears=adapted_linears(family_of(model.hf_model_type), model, lora), dtype=config.dtype,
@@ -104,9 +109,9 @@ def open_model(name: str) -> tuple[Any, str, str]:
         command = ["python", "convert_ckpt.py", "--load-model-type", "hf", "--save-model-type", "mg", "--load-dir",
                    str(folder), "--save-dir", target]  # fmt: skip
         return family_of(str(config.get("model_type"))).read_config(config), target, f"before: {shlex.join(command)}"
-    from modellink_lora.checkpoint.rank_files import open_rank_files
+    from modellink_lora.checkpoint.megatron_dist import open_megatron
 
-    return open_rank_files(folder, flag="--model").config, name, ""
+    return open_megatron(folder, flag="--model").config, name, ""
 
 
 def _machine(config: PlanConfig) -> tuple[Any, list[tuple[str, str]]]:

@@ -18,7 +18,10 @@ _SAVE_TYPES = {
     "save_huggingface_chatglm3": "hf",
     "huggingface_bloom": "hf",
     "peft": "peft",
+    "adapter": "adapter",
+    "adapter-ranks": "adapter-ranks",
 }
+_ADAPTERS = ("peft", "adapter", "adapter-ranks")  # results that hold the adapter of --lora-load alone
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class ConvertConfig:
     load_dir: str | None = flag(None, "checkpoint to read: a Hugging Face model folder or a Megatron checkpoint")
     load_model_type: str | None = flag(None, "what --load-dir holds", choices=("hf", "mg"))
     save_model_type: str | None = flag(
-        None, "what to write; peft exports the adapter of --lora-load alone", choices=tuple(_SAVE_TYPES)
+        None,
+        "what to write; the adapter of --lora-load alone: peft (PEFT's folder), adapter (this program's own format), "
+        "adapter-ranks (ModelLink's rank files, at the --target-... sizes)",
+        choices=tuple(_SAVE_TYPES),
     )
     model_type_hf: str | None = flag(None, "model family; config.json decides, this is compared with it")
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
@@ -49,7 +55,13 @@ class ConvertConfig:
     load_from_legacy: bool = flag(False, "--load-dir holds legacy names")
     save_to_legacy: bool = flag(False, "write legacy names")
     add_qkv_bias: bool = flag(False, "the model has biases on q, k and v; compared with the checkpoint")
+    add_dense_bias: bool = flag(False, "it has one on the attention's output; compared with the checkpoint")
+    embed_layernorm: bool = flag(False, "it has a norm on the embedding; compared with the checkpoint")
+    post_norm: bool = flag(False, "it has norms behind its sublayers; compared with the checkpoint")
     base_model_name_or_path: str | None = flag(None, "base model to name in an exported PEFT adapter")
+    svd_rank: int | None = flag(
+        None, "with peft: cut the update of each projection to this rank by its singular values, and say the error"
+    )
     w_pack: str | None = flag(
         None,
         "whether q, k and v are one W_pack tensor in the Hugging Face model; the model type decides, this is compared",
@@ -74,31 +86,37 @@ class ConvertConfig:
             raise UserError("--save-dir is missing: say where the result goes")
         if self.loader and self.load_model_type and _LOADERS[self.loader] != self.load_model_type:
             raise UserError(f"--loader {self.loader} contradicts --load-model-type {self.load_model_type}: give one")
-        if self.target == "peft":
+        if self.exports_adapter:
             if not self.lora_load:
-                raise UserError("--save-model-type peft exports an adapter: name it with --lora-load")
+                raise UserError(f"--save-model-type {self.target} exports an adapter: name it with --lora-load")
         elif not self.load_dir:
             raise UserError("--load-dir is missing: name the checkpoint to convert")
         for name in (
             "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
-            "num_layers_per_virtual_pipeline_stage",
+            "num_layers_per_virtual_pipeline_stage", "svd_rank",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
+        if self.svd_rank and self.target != "peft":
+            raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
         if self.verify_logits is not None and self.target not in ("hf", "mg"):
             raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
-        if self.target != "mg":
+        if self.target not in ("mg", "adapter-ranks"):
             for name in ("num_layer_list", "num_layers_per_virtual_pipeline_stage"):
                 if getattr(self, name):
-                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg, not {self.target}")
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
+                    )
             for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
                 if (getattr(self, name) or 1) != 1:
-                    raise UserError(f"--{name.replace('_', '-')} is for --save-model-type mg, not {self.target}")
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
+                    )
 
     @property
     def source(self) -> str:
@@ -107,12 +125,17 @@ class ConvertConfig:
 
     @property
     def target(self) -> str:
-        """`hf`, `mg` or `peft`."""
+        """`hf` or `mg`, or for an adapter alone `peft`, `adapter` or `adapter-ranks`."""
         if self.save_model_type:
             return _SAVE_TYPES[self.save_model_type]
         if self.saver or self.loader or self.source == "hf":
             return "mg"
-        raise UserError("--save-model-type is missing: say mg, hf or peft")
+        raise UserError("--save-model-type is missing: say mg, hf, peft, adapter or adapter-ranks")
+
+    @property
+    def exports_adapter(self) -> bool:
+        """Whether the result is an adapter without its base."""
+        return self.target in _ADAPTERS
 
     @property
     def keeps_layout(self) -> bool:

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 from modellink_lora.checkpoint import dtypes
-from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
 from modellink_lora.checkpoint.outfile import Slot
-from modellink_lora.checkpoint.peft import write_peft
 from modellink_lora.checkpoint.rank_tree import Spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
+from modellink_lora.convert.adapters import export_adapter
 from modellink_lora.convert.plan import Move, Plan, adapted_ranks, check_layout, job_memory, make_plan, padded, size
 from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
@@ -44,10 +43,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
-    if convert.target == "peft":
+    if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
-        return _export(convert, adapter, say)
+        return export_adapter(convert, adapter, say)
     source = open_source(convert)
     notes = list(source.notes)
     if convert.params_dtype is None:
@@ -90,19 +89,23 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    transfer = Transfer(source.stored, adapter, plan.dtype)
+    transfer = Transfer(source.under(adapter), adapter, plan.dtype)
     save = Path(convert.save_dir)
     with writing(save, flag="--save-dir", tell=say), told_when_full(save):
         _check_free(convert, source)
-        begin = time.perf_counter()
+        begin, written = time.perf_counter(), []
+
+        def check(temporary: Path) -> None:
+            written.append(time.perf_counter())
+            if convert.verify:
+                say(verify(temporary, plan, transfer, spelling=_spelling(convert, source)))
+
         folder = (
-            _write_hf(convert, plan, transfer, companions)
+            _write_hf(convert, plan, transfer, companions, check)
             if convert.target == "hf" and companions is not None
-            else _write_ranks(convert, plan, transfer, source, companions)
+            else _write_ranks(convert, plan, transfer, source, companions, check)
         )
-        seconds = time.perf_counter() - begin
-        if convert.verify:
-            say(verify(folder, plan, transfer, spelling=_spelling(convert, source)))
+        seconds = written[0] - begin
         if adapter:
             report = MergeReport.of(transfer.changes, plan, adapter)
             path = Path(convert.merge_report or save / "merge_report.json")
@@ -209,7 +212,9 @@ def _spelling(convert: ConvertConfig, source: Source) -> Spelling:
     return "legacy" if convert.spelling(source.files.spelling if source.files else None) == "legacy" else "mcore"
 
 
-def _write_hf(convert: ConvertConfig, plan: Plan, transfer: Transfer, companions: Path) -> Path:
+def _write_hf(
+    convert: ConvertConfig, plan: Plan, transfer: Transfer, companions: Path, check: Callable[[Path], None]
+) -> Path:
     """A Hugging Face folder below `--save-dir`, its config.json saying the dtype written."""
     config = read_config_json(companions, flag="--save-dir")
     key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
@@ -237,13 +242,18 @@ def _write_hf(convert: ConvertConfig, plan: Plan, transfer: Transfer, companions
 
     write_hf_folder(
         folder, slots, jobs, config=config, companions=companions, workers=_workers(convert),
-        memory=_workers(convert) * max(map(job_memory, plan.moves)),
+        memory=_workers(convert) * max(map(job_memory, plan.moves)), check=check,
     )  # fmt: skip
     return folder
 
 
 def _write_ranks(
-    convert: ConvertConfig, plan: Plan, transfer: Transfer, source: Source, companions: Path | None
+    convert: ConvertConfig,
+    plan: Plan,
+    transfer: Transfer,
+    source: Source,
+    companions: Path | None,
+    check: Callable[[Path], None],
 ) -> Path:
     layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype)
     return write_rank_files(
@@ -255,28 +265,8 @@ def _write_ranks(
         workers=_workers(convert),
         memory=_workers(convert) * max(map(job_memory, plan.moves)),
         memory_of=lambda name: job_memory(plan.move(name)),
+        check=check,
     )
-
-
-def _export(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
-    """The adapter alone, in PEFT's format."""
-    folder = Path(convert.save_dir)
-    if folder.resolve() == Path(str(convert.lora_load)).resolve():
-        raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
-    for note in adapter.notes:
-        say(f"note: {note}")
-    base = convert.base_model_name_or_path
-    if base is None and convert.load_dir and convert.source == "hf":
-        base = convert.load_dir
-    lora = adapter.meta.lora
-    targets = " ".join(lora.target_modules)
-    say(f"PEFT adapter: {convert.lora_load} -> {folder}, rank {lora.r}, alpha {lora.alpha:g}, {targets}")
-    if convert.dry_run:
-        say("dry run: nothing was written")
-        return folder
-    names = write_peft(folder, adapter, base_model=base)
-    say(f"wrote {folder}, {len(names)} tensors")
-    return folder
 
 
 def _check_places(convert: ConvertConfig) -> None:

@@ -16,13 +16,15 @@ from modellink_lora.adapters.targets import resolve_targets
 from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags
 from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
-from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.checkpoint.megatron_args import names_its_model
+from modellink_lora.checkpoint.megatron_dist import open_megatron
+from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families import check_name, family_of
+from modellink_lora.models.families import FAMILIES, check_name, family_of, has_its_tensors
 from modellink_lora.models.family import Family
 
 
@@ -73,6 +75,19 @@ class Source:
             return self.parts(name)
         return Stored([self.read(name)], self.family.tensor(name, self.config).layout, lambda parts: parts[0])
 
+    def under(self, adapter: Adapter | None) -> Callable[[str], Stored]:
+        """`stored` with the tensors that `adapter` replaces as a whole."""
+        if adapter is None or not adapter.replaced:
+            return self.stored
+
+        def stored(name: str) -> Stored:
+            if name not in adapter.replaced:
+                return self.stored(name)
+            layout = self.family.tensor(name, self.config).layout
+            return Stored([adapter.stored(name)], layout, lambda parts: layout.fuse(parts))
+
+        return stored
+
     def companions(self, convert: ConvertConfig) -> Path | None:
         """Folder with config.json and tokenizer files of this model, if there is one."""
         assert convert.load_dir is not None
@@ -93,12 +108,14 @@ def open_source(convert: ConvertConfig) -> Source:
             model.config, model.family, model.dtype, model.read, None, (), model.stored, Inventory.of(model)
         )
     else:
-        files = open_rank_files(path, flag="--load-dir")
+        files = open_megatron(path, flag="--load-dir")
         source = Source(
             files.config, files.family, files.dtype, files.read, files, _spelling_notes(convert, files), files.stored,
             Inventory.of(files),
         )  # fmt: skip
         source = _with_model_files(source, source.companions(convert))
+        if source.companions(convert) is None:
+            source = _with_name(source, convert.model_type_hf)
         if convert.model_type_hf:
             check_name(convert.model_type_hf, source.family, where=f"--load-dir {path}")
     if convert.w_pack is not None:
@@ -108,8 +125,12 @@ def open_source(convert: ConvertConfig) -> Source:
                 f"--w-pack {convert.w_pack} contradicts --load-dir {path}, a {source.family.hf_model_types[0]} model, "
                 f"which {'has' if packed else 'has no'} W_pack: remove the flag"
             )
-    if convert.add_qkv_bias and not source.config.add_qkv_bias:
-        raise UserError(f"--add-qkv-bias contradicts --load-dir {path}, which has no such biases: remove the flag")
+    for name in ("add_qkv_bias", "add_dense_bias", "embed_layernorm", "post_norm"):
+        if getattr(convert, name) and not getattr(source.config, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} contradicts --load-dir {path}, a {source.family.hf_model_types[0]} model "
+                "without it: remove the flag"
+            )
     return source
 
 
@@ -142,7 +163,8 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
     said, held = family.read_config(document), source.config
     for name in (
         "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm",
+        "untie_embeddings_and_output_weights", "add_qkv_bias", "add_dense_bias", "add_mlp_bias", "qk_layernorm",
+        "normalization", "gated", "embed_layernorm", "post_norm",
     ):  # fmt: skip
         if getattr(said, name) != getattr(held, name):
             raise UserError(
@@ -154,8 +176,28 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
             f"{folder / 'config.json'} says vocab_size {said.vocab_size}, the embedding has only "
             f"{held.padded_vocab_size} rows"
         )
-    config = dataclasses.replace(held, vocab_size=said.vocab_size, hf_model_type=said.hf_model_type)
+    assert source.files is not None
+    if names_its_model(source.files.args):
+        config = dataclasses.replace(held, vocab_size=said.vocab_size, hf_model_type=said.hf_model_type)
+    else:  # what tensors cannot tell (positions, scales, activation) is the document's to say
+        config = dataclasses.replace(
+            said, padded_vocab_size=held.padded_vocab_size, params_dtype=held.params_dtype,
+            make_vocab_size_divisible_by=held.make_vocab_size_divisible_by,
+        )  # fmt: skip
     return dataclasses.replace(source, config=config, family=family)
+
+
+def _with_name(source: Source, model_type_hf: str | None) -> Source:
+    """`source` as a model of the family the user names, where its files name none and its tensors allow it."""
+    assert source.files is not None
+    known = model_type_hf is None or names_its_model(source.files.args)
+    if known or model_type_hf in source.family.spellings:
+        return source
+    for family in FAMILIES:
+        config = dataclasses.replace(source.config, hf_model_type=family.hf_model_types[0])
+        if model_type_hf in family.spellings and has_its_tensors(config):
+            return dataclasses.replace(source, config=config, family=family)
+    return source
 
 
 def open_merge(
@@ -175,7 +217,8 @@ def open_merge(
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    adapter = open_adapter(Path(convert.lora_load), base=base, given=given)
+    replacing = convert.target in ("mg", "hf") and convert.verify_logits is None
+    adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
     return adapter
 

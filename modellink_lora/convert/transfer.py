@@ -15,8 +15,7 @@ from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.plan import BLOCK_BYTES, Move
-from modellink_lora.convert.rows import Runs, runs_of
-from modellink_lora.models.layouts import Row
+from modellink_lora.convert.rows import Runs, cut_dimension, runs_of
 
 _HERE = threading.local()  # each thread's workspace of merging
 
@@ -34,22 +33,18 @@ class Transfer:
     def part(self, move: Move, number: int) -> Iterator[Tensor]:
         """Blocks of the Hugging Face tensor `move.spec.hf[number]`."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.split(full)[number], (type(layout), "part", number))
+        return self._blocks(move, lambda full: layout.split(full)[number])
 
     def shard(self, move: Move, rank: int, size: int) -> Iterator[Tensor]:
         """Blocks of one shard; shards are merged on their own, which gives the same bits and does no work twice."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.shard(full, rank, size), (type(layout), "shard", rank, size))
+        return self._blocks(move, lambda full: layout.shard(full, rank, size))
 
-    def full(self, move: Move) -> Tensor:
-        """The whole tensor of the result, for comparisons."""
-        return torch.cat(list(self.shard(move, 0, 1)))
-
-    def _blocks(self, move: Move, pick: Callable[[Tensor], Tensor], key: object) -> Iterator[Tensor]:
+    def _blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         stored = self.stored(move.spec.name)
-        shape = stored.parts[0].shape
-        sizes = [part.shape[_dim(move, part)] for part in stored.parts]
-        runs = runs_of(sizes, len(shape), join=stored.join, layout=move.spec.layout, pick=pick)
+        dimensions = stored.parts[0].dim()
+        sizes = [part.shape[cut_dimension(move.spec.layout, dimensions)] for part in stored.parts]
+        runs = runs_of(sizes, dimensions, join=stored.join, layout=move.spec.layout, pick=pick)
         if move.rank is None or self.adapter is None:
             yield from self._copied(move, stored.parts, runs)
         else:
@@ -90,10 +85,6 @@ class Transfer:
             yield result
         with self._lock:
             self.changes.setdefault(move.spec.name, Change()).add(change)
-
-
-def _dim(move: Move, part: Tensor) -> int:
-    return 1 if isinstance(move.spec.layout, Row) and part.dim() == 2 else 0
 
 
 def _row_bytes(part: Tensor) -> int:

@@ -68,17 +68,34 @@ class Device(abc.ABC):
         """Most FLOP/s that one device can do in dense matrix multiplications of `dtype`; None if that is not known."""
         return None
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
-        """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]. Builds no [s, s] mask."""
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        slopes: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]. Builds no [s, s] mask.
+
+        Scores that are capped or lean towards near keys (`softmax_attention`) are computed out of single operations,
+        which keep them for backward: no kernel that all devices have takes them in fp32.
+        """
+        if slopes is not None or softcap:
+            return softmax_attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap)
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
         """x / rms(x) * weight over the last dimension, statistics in fp32, rounded to x's dtype before the weight.
 
-        The order of roundings is that of transformers' Llama. Keeps nothing but x and a number a row for backward.
+        The order of roundings is that of transformers' Llama. With `one_more` the factor is 1 + weight, rounded as in
+        its Gemma. Keeps nothing but x and a number a row for backward.
         """
-        return RmsNorm.apply(x, weight, eps)
+        return RmsNorm.apply(x, weight, eps, one_more)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(gate) * up of x = [gate, up], [..., 2 f] -> [..., f]. Keeps nothing but x for backward."""
@@ -102,16 +119,31 @@ class Device(abc.ABC):
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, thin: Callable[[Tensor], Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    thin: Callable[[Tensor], Tensor] | None = None,
+    slopes: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention out of matmul and softmax, in the shapes of `Device.attention`.
 
     Args:
         thin: dropout on the attention weights [b, n, s, s], which are fp32 here.
+        slopes: [n], of ALiBi (arXiv:2108.12409): a score loses slope * distance between query and key.
+        softcap: c > 0: scores become c tanh(scores / c), before ALiBi and masking.
     """
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)  # [b, g, s, d] -> [b, n, s, d]
     scores = (q @ k.mT).float() * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if slopes is not None:
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores + slopes[:, None, None] * (positions - positions[:, None])  # j - i, 0 or less where seen
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))

@@ -71,11 +71,25 @@ class NpuDevice(Device):
             return bool(_npu().is_bf16_supported())
         return dtype in (torch.float32, torch.float16)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        slopes: Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        if slopes is not None or softcap:
+            return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap)
         # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
         return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
+        if one_more:  # the fused norm would take 1 + weight rounded to 16 bits
+            return super().rms_norm(x, weight, eps, one_more=True)
         return fused_npu.rms_norm(x, weight, eps, reference=super().rms_norm)
 
     def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:

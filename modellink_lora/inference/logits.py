@@ -20,6 +20,7 @@ from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.logits import LogitsConfig
+from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import get_template
@@ -58,7 +59,7 @@ def prompt_logits(
     tokenizer = load_tokenizer(folder, prompt_type=config.prompt_type, use_fast=config.use_fast_tokenizer)
     template = get_template(config.prompt_type)
     ids = [encode_prompt(Conversation((Message("user", prompt),)), template, tokenizer) for prompt in prompts]
-    _check(ids, config, vocab_size=base.config.vocab_size, positions=base.config.max_position_embeddings)
+    _check(ids, config, vocab_size=base.config.vocab_size, positions=_longest(base.config))
     seed_everything(_SEED, context, device)
     setup = set_up(base, lora, adapter, context, device, dtype=config.dtype, seed=_SEED, overrides={})
     logits = forward_logits(setup.chunks[0], ids, context)
@@ -143,6 +144,10 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompt-file {path}: holds no prompt")
     return prompts
+
+
+def _longest(model: ModelConfig) -> int:
+    return min(filter(None, (model.max_position_embeddings, model.exact_length)))
 
 
 def _check(ids: Sequence[Sequence[int]], config: LogitsConfig, *, vocab_size: int, positions: int) -> None:

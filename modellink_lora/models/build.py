@@ -19,7 +19,7 @@ from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
 from modellink_lora.models.rope import inverse_frequencies
 from modellink_lora.models.shapes import full_shape
-from modellink_lora.models.spec import block_spec
+from modellink_lora.models.spec import block_spec, norm_spec
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.parallel.random import normal
@@ -44,10 +44,10 @@ class RandomWeights:
 
     def read(self, name: str) -> Tensor:
         shape = full_shape(name, self.config)
-        if "norm" in name:
-            return torch.ones(shape)
         if name.endswith(".bias"):
             return torch.zeros(shape)
+        if "norm" in name:
+            return torch.zeros(shape) if self.config.add_rmsnorm_offset else torch.ones(shape)
         return normal(name, shape, seed=self.seed, std=self.config.init_method_std)
 
     def read_shard(self, name: str, rank: int, size: int) -> Tensor:
@@ -88,13 +88,15 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.kv_channels,
-        normalization="RMSNorm",
+        normalization=config.normalization,
         layernorm_epsilon=config.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        gated_linear_unit=config.gated,
+        activation_func=F.silu if config.swiglu else F.gelu,
         use_te_activation_func=True,  # that is, the spec's own activation (models/spec.py): gate and product in one
-        add_bias_linear=False,
+        add_bias_linear=config.add_mlp_bias,  # of the MLP; models/spec.py decides about attention's output
         add_qkv_bias=config.add_qkv_bias,
+        softmax_scale=config.query_pre_attn_scalar**-0.5 if config.query_pre_attn_scalar else None,
+        rotary_interleaved=config.rotary_interleaved,
         qk_layernorm=config.qk_layernorm,
         attention_dropout=config.attention_dropout,
         hidden_dropout=config.hidden_dropout,
@@ -149,26 +151,59 @@ def _build_chunk(
     device: Device,
     chunk: int,
 ) -> GPT:
+    rope = config.position_embedding_type == "rope"
     model = GPT(
         megatron,
-        block_spec(megatron, device, len(partition.layers(context.pp_rank, chunk)), context.tp_rank),
+        block_spec(megatron, config, device, len(partition.layers(context.pp_rank, chunk)), context.tp_rank),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_position_embeddings,
         pre_process=context.is_first_stage and chunk == 0,
         post_process=context.is_last_stage and chunk == partition.chunks - 1,
         share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if rope else "none",  # ALiBi is attention's affair
         rotary_base=int(config.rotary_base),  # replaced below: megatron-core knows only one scaling
         vp_stage=chunk if partition.chunks > 1 else None,
     ).to(context.device)
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(context.device)
+    if rope:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(context.device)
     if model.pre_process:
+        shape_embedding(model.embedding.word_embeddings, config, megatron, device)
         cut = "positions" if context.sequence_parallel else None
         model.embedding.embedding_dropout = Dropout(config.hidden_dropout, rank=context.tp_rank, cut=cut)
+    if model.post_process:
+        shape_logits(model.output_layer, config)
     model.model_config = config
     rows = config.padded_vocab_size // context.tp_size
     model.first_padding_column = max(0, min(rows, config.vocab_size - context.tp_rank * rows))
     return model
+
+
+def shape_embedding(
+    embedding: torch.nn.Module, config: ModelConfig, megatron: TransformerConfig, device: Device
+) -> None:
+    """Scale and norm what the lookup gives, where the model does."""
+    if config.embed_layernorm:
+        spec = norm_spec(config, device)
+        embedding.norm = spec.module(megatron, config.hidden_size, config.norm_epsilon, **spec.params)
+
+    def hook(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:  # [b, s, h], or [s / t, b, h]
+        if config.input_embeds_norm:  # the root is rounded to the model's dtype, as the source does
+            output = output * torch.tensor(config.hidden_size**0.5, dtype=output.dtype, device=output.device)
+        if config.scale_emb != 1.0:
+            output = output * config.scale_emb
+        return module.norm(output) if config.embed_layernorm else output
+
+    if config.input_embeds_norm or config.scale_emb != 1.0 or config.embed_layernorm:
+        embedding.register_forward_hook(hook)
+
+
+def shape_logits(output_layer: torch.nn.Module, config: ModelConfig) -> None:
+    """Scale the input of the output layer and cap its logits, where the model does."""
+    if config.dim_model_base:
+        width = config.hidden_size / config.dim_model_base
+        output_layer.register_forward_pre_hook(lambda module, args: (args[0] / width, *args[1:]))
+    if cap := config.final_logit_softcapping:
+        output_layer.register_forward_hook(lambda module, args, out: (torch.tanh(out[0] / cap) * cap, *out[1:]))
 
 
 def fill(
@@ -188,3 +223,6 @@ def fill(
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
         with torch.no_grad():
             parameter.copy_(shard)
+            if config.normalize_head and name == "output_layer.weight":
+                # each row belongs to one rank; the base is frozen and never written from here, so once is enough
+                parameter.copy_(F.normalize(parameter))

@@ -91,18 +91,29 @@ class _Drop(torch.autograd.Function):
 
 
 class ResidualAdd(torch.nn.Module):
-    """residual + dropout(x + bias). megatron-core's layers first call the module to get the function they then use."""
+    """residual + scale * dropout(norm(x + bias)), the norm only where `behind` sets one.
 
-    def __init__(self, p: float, *, rank: int, cut: str | None) -> None:
+    megatron-core's layers first call the module to get the function they then use.
+    """
+
+    def __init__(self, p: float, *, rank: int, cut: str | None, scale: float = 1.0) -> None:
         super().__init__()
         self.dropout = Dropout(p, rank=rank, cut=cut)
+        self.scale = scale
+        self._norm: Callable[[Tensor], Tensor] | None = None
+
+    def behind(self, norm: torch.nn.Module) -> None:
+        """Norm each branch with `norm`, which stays a module of the layer and is none of this one."""
+        self._norm = norm.forward
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         return self._add
 
     def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
         x, bias = x_with_bias
-        return residual + self.dropout(x if bias is None else x + bias)
+        x = x if bias is None else x + bias
+        branch = self.dropout(x if self._norm is None else self._norm(x))
+        return residual + (branch if self.scale == 1.0 else branch * self.scale)
 
 
 def name_sites(model: torch.nn.Module, seed: int, partition: Partition, stage: int, chunk: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.layouts import QKV, Column, GateUp, Layout, Replicated, Row, Vocab
+from modellink_lora.models.layouts import QKV, Layout, Vocab
 
 _BRACES = re.compile(r"\{([^}]*)\}")
 
@@ -34,12 +34,25 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """`name` is the `--model-type-hf` spelling; `hf_model_types` are the `model_type`s of config.json it reads."""
+    """One architecture under its names.
+
+    Attributes:
+        name: the `--model-type-hf` spelling; `aliases` are further ones.
+        hf_model_types: `model_type`s of config.json that it reads.
+        optional_prefix: of Hugging Face names, left out in some published checkpoints.
+    """
 
     name: str
     hf_model_types: tuple[str, ...]
     rows: tuple[TensorRow, ...]
     read_config: Callable[[dict[str, Any]], ModelConfig]
+    aliases: tuple[str, ...] = ()
+    optional_prefix: str = ""
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """What `--model-type-hf` may say for it."""
+        return tuple(dict.fromkeys((self.name, *self.aliases, *self.hf_model_types)))
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
         """Every tensor of a model of this family, embedding first, layer by layer, head last."""
@@ -63,11 +76,10 @@ class Family:
 
 def bind(layout: type[Layout], config: ModelConfig) -> Layout:
     """A layout of this model: the sizes it needs, taken from `config`."""
-    if layout is QKV:
-        return QKV(config.num_attention_heads, config.num_query_groups, config.kv_channels)
+    if issubclass(layout, QKV):
+        return layout(config.num_attention_heads, config.num_query_groups, config.kv_channels)
     if layout is Vocab:
         return Vocab(config.vocab_size, config.padded_vocab_size)
-    assert layout in (Replicated, Column, Row, GateUp), layout
     return layout()
 
 

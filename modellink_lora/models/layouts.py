@@ -84,6 +84,31 @@ class QKV(Column):
 
 
 @dataclass(frozen=True)
+class GroupedQKV(QKV):
+    """A source that keeps q, k and v in one tensor whose rows are grouped like Megatron's."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        (only,) = parts
+        return only
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
+
+
+@dataclass(frozen=True)
+class StackedQKV(QKV):
+    """A source that keeps all rows of q, then all of k, then all of v in one tensor."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        (stacked,) = parts
+        rows = (self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim)
+        return super().fuse(stacked.split(rows))
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [torch.cat(super().split(full))]
+
+
+@dataclass(frozen=True)
 class GateUp(Column):
     """[gate; up], and every shard is [gate_shard; up_shard]."""
 
@@ -100,6 +125,18 @@ class GateUp(Column):
     def gather(self, shards: Sequence[Tensor]) -> Tensor:
         halves = [shard.chunk(2, dim=0) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=0)
+
+
+@dataclass(frozen=True)
+class StackedGateUp(GateUp):
+    """A source that keeps [gate; up] in one tensor."""
+
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        (only,) = parts
+        return only
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from modellink_lora.config.model import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """fp32 [kv_channels / 2] (Su et al., arXiv:2104.09864); `llama3` scaling as published with Llama 3.1."""
-    exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
+    """fp32 [rotated channels / 2] (Su et al., arXiv:2104.09864); `llama3` scaling as published with Llama 3.1."""
+    rotated = int(config.kv_channels * config.rotary_percent)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
     frequencies = 1.0 / (config.rotary_base**exponents)
-    if config.rope_scaling_type is None:
+    if config.rope_scaling_type in (None, "dynamic"):  # dynamic: longer than ModelConfig.exact_length only
         return frequencies
     if config.rope_scaling_type == "linear":
         return frequencies / config.rope_scaling_factor

@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from modellink_lora.config.model import ModelConfig
+
+
+def tensor_names(config: ModelConfig) -> Iterator[str]:
+    """Global names of all tensors that a model of these settings has, whatever its family."""
+    leaves = ("weight", "bias") if config.norm_bias else ("weight",)
+    layer = [f"{norm}.{leaf}" for norm in ("input_layernorm", "pre_mlp_layernorm") for leaf in leaves]
+    for module, bias in (
+        ("self_attention.linear_qkv", config.add_qkv_bias),
+        ("mlp.linear_fc1", config.add_mlp_bias),
+        ("self_attention.linear_proj", config.add_dense_bias),
+        ("mlp.linear_fc2", config.add_mlp_bias),
+    ):
+        layer += [f"{module}.weight", f"{module}.bias"] if bias else [f"{module}.weight"]  # fmt: skip
+    if config.qk_layernorm:
+        layer += ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"]
+    if config.post_norm:
+        layer += ["post_attn_norm.weight", "post_mlp_layernorm.weight"]
+    yield "embedding.word_embeddings.weight"
+    if config.embed_layernorm:
+        yield from (f"embedding.word_embeddings.norm.{leaf}" for leaf in leaves)
+    for index in range(config.num_layers):
+        yield from (f"decoder.layers.{index}.{name}" for name in layer)
+    yield from (f"decoder.final_layernorm.{leaf}" for leaf in leaves)
+    if config.untie_embeddings_and_output_weights:
+        yield "output_layer.weight"
 
 
 def full_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     """Shape of the tensor of global Megatron name `name` on one process, vocabulary padded; KeyError if unknown."""
     h, f, vocab = config.hidden_size, config.ffn_hidden_size, config.padded_vocab_size
-    qkv = config.query_width + 2 * config.kv_width
+    qkv, columns = config.query_width + 2 * config.kv_width, f * config.fc1_parts
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": (vocab, h),
-        "input_layernorm.weight": (h,),
+        "self_attention.linear_proj.bias": (h,),
+        "mlp.linear_fc1.bias": (columns,),
+        "mlp.linear_fc2.bias": (h,),
         "self_attention.linear_qkv.weight": (qkv, h),
         "self_attention.linear_qkv.bias": (qkv,),
         "self_attention.linear_proj.weight": (h, config.query_width),
         "self_attention.q_layernorm.weight": (config.kv_channels,),
         "self_attention.k_layernorm.weight": (config.kv_channels,),
-        "pre_mlp_layernorm.weight": (h,),
-        "mlp.linear_fc1.weight": (2 * f, h),
+        "mlp.linear_fc1.weight": (columns, h),
         "mlp.linear_fc2.weight": (h, f),
-        "decoder.final_layernorm.weight": (h,),
         "output_layer.weight": (vocab, h),
     }
+    norms = ("input_layernorm", "pre_mlp_layernorm", "post_attn_norm", "post_mlp_layernorm",
+             "decoder.final_layernorm", "embedding.word_embeddings.norm")  # fmt: skip
+    shapes |= {f"{norm}.{leaf}": (h,) for norm in norms for leaf in ("weight", "bias")}
     return shapes[re.sub(r"^decoder\.layers\.\d+\.", "", name)]

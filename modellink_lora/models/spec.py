@@ -5,10 +5,12 @@ Letters: s sequence, b batch, h hidden, n query heads, g query groups, d head di
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -19,8 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from modellink_lora.config.model import ModelConfig
 from modellink_lora.device import Device
 from modellink_lora.device.base import softmax_attention
+from modellink_lora.models import alibi
 from modellink_lora.models.dropout import Dropout, ResidualAdd
 from modellink_lora.models.recompute import remember
 
@@ -28,18 +32,56 @@ from modellink_lora.models.recompute import remember
 class RMSNorm(torch.nn.Module):
     """RMSNorm that runs under sequence parallelism, which megatron-core's wrapper of torch's own refuses."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, device: Device, **_: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        device: Device,
+        one_more: bool = False,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.eps, self.device = eps, device
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device.name))
-        # Each rank sees its own tokens, so a trained norm's gradient would have to be summed over the TP group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps, self.device, self.one_more = eps, device, one_more
+        self.weight = norm_parameter(config, hidden_size, device)
 
     def forward(self, x: Tensor) -> Tensor:
         return remember(self.normed(x), self.normed, x)
 
     def normed(self, x: Tensor) -> Tensor:
-        return self.device.rms_norm(x, self.weight, self.eps)
+        return self.device.rms_norm(x, self.weight, self.eps, one_more=self.one_more)
+
+
+class LayerNorm(torch.nn.Module):
+    """LayerNorm with weight and bias."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, device: Device, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = norm_parameter(config, hidden_size, device)
+        self.bias = norm_parameter(config, hidden_size, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return remember(self.normed(x), self.normed, x)
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def norm_parameter(config: TransformerConfig, size: int, device: Device) -> torch.nn.Parameter:
+    """An empty parameter that every tensor-parallel rank holds whole."""
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device.name))
+    # Each rank sees its own tokens, so a trained norm's gradient would have to be summed over the TP group.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+def norm_spec(model: ModelConfig, device: Device) -> ModuleSpec:
+    """The norm that this model has everywhere."""
+    if model.norm_bias:
+        return ModuleSpec(module=LayerNorm, params={"device": device})
+    return ModuleSpec(module=RMSNorm, params={"device": device, "one_more": model.add_rmsnorm_offset})
 
 
 class Swiglu(torch.nn.Module):
@@ -54,6 +96,24 @@ class Swiglu(torch.nn.Module):
         return remember(self.device.swiglu(x), self.device.swiglu, x)
 
 
+class Gelu(torch.nn.Module):
+    """gelu(x), or gelu(gate) * up of x = [gate, up]; exact or in the tanh approximation."""
+
+    def __init__(self, config: TransformerConfig, *, gated: bool, tanh: bool) -> None:
+        super().__init__()
+        self.gated, self.kind = gated, "tanh" if tanh else "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[s, b, f] or [s, b, 2 f] -> [s, b, f]"""
+        return remember(self.activated(x), self.activated, x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return F.gelu(x, approximate=self.kind)
+        gate, up = x.chunk(2, -1)
+        return F.gelu(gate, approximate=self.kind) * up
+
+
 class CausalAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v by the device's fused kernel, or out of single operations where dropout thins it.
 
@@ -61,40 +121,85 @@ class CausalAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, device: Device, tp_rank: int, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        *,
+        device: Device,
+        tp_rank: int,
+        softmax_scale: float | None = None,
+        model: ModelConfig | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.device = device
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.dropout = Dropout(config.attention_dropout, rank=tp_rank, cut="features")
+        self.shaping: dict[str, Any] = {}  # of the scores, beyond their scale
+        if model and model.attn_logit_softcapping:
+            self.shaping["softcap"] = model.attn_logit_softcapping
+        if model and model.position_embedding_type == "alibi":
+            own = alibi.slopes(config.num_attention_heads).chunk(config.tensor_model_parallel_size)[tp_rank]
+            self.shaping["slopes"] = own.to(device.name)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """[s, b, n, d], [s, b, g, d], [s, b, g, d] -> [s, b, n * d]"""
         assert attention_mask is None, "masks are expressed by right padding"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
         if self.training and self.dropout.p > 0:  # fused kernels draw masks of their own, which depend on the layout
-            out = softmax_attention(q, k, v, causal=True, scale=self.scale, thin=self.dropout.probabilities)
+            thin = self.dropout.probabilities
+            out = softmax_attention(q, k, v, causal=True, scale=self.scale, thin=thin, **self.shaping)
         else:
-            out = self.device.attention(q, k, v, causal=True, scale=self.scale)
+            out = self.device.attention(q, k, v, causal=True, scale=self.scale, **self.shaping)
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
 
-def block_spec(config: TransformerConfig, device: Device, layers: int, tp_rank: int) -> TransformerBlockSubmodules:
+class Attention(SelfAttention):
+    """megatron-core's, whose output projection may have a bias where the MLP has none, and the other way round."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, dense_bias: bool, **kwargs: Any) -> None:
+        if config.add_bias_linear != dense_bias:
+            config = copy.copy(config)
+            config.add_bias_linear = dense_bias
+        super().__init__(config, *args, **kwargs)
+
+
+class SandwichLayer(TransformerLayer):
+    """A layer that also norms what attention and MLP give, before it is added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, norm: ModuleSpec, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+
+        def build() -> torch.nn.Module:
+            return norm.module(config, config.hidden_size, config.layernorm_epsilon, **norm.params)
+
+        self.post_attn_norm, self.post_mlp_layernorm = build(), build()
+        self.self_attn_bda.behind(self.post_attn_norm)
+        self.mlp_bda.behind(self.post_mlp_layernorm)
+
+
+def block_spec(
+    config: TransformerConfig, model: ModelConfig, device: Device, layers: int, tp_rank: int
+) -> TransformerBlockSubmodules:
     """`layers` decoder layers and the final norm."""
     cut = "positions" if config.sequence_parallel else None
-    residual = ModuleSpec(module=ResidualAdd, params={"p": config.hidden_dropout, "rank": tp_rank, "cut": cut})
-    norm = ModuleSpec(module=RMSNorm, params={"device": device})
+    residual = ModuleSpec(
+        module=ResidualAdd,
+        params={"p": config.hidden_dropout, "rank": tp_rank, "cut": cut, "scale": model.residual_scale},
+    )
+    norm = norm_spec(model, device)
     head_norm = norm if config.qk_layernorm else None
+    gelu = ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=SandwichLayer if model.post_norm else TransformerLayer,
+        params={"norm": norm} if model.post_norm else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=Attention,
+                params={"attn_mask_type": AttnMaskType.causal, "dense_bias": model.add_dense_bias},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=functools.partial(CausalAttention, device=device, tp_rank=tp_rank),
+                    core_attention=functools.partial(CausalAttention, device=device, tp_rank=tp_rank, model=model),
                     linear_proj=RowParallelLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -106,7 +211,7 @@ def block_spec(config: TransformerConfig, device: Device, layers: int, tp_rank: 
                 module=MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=ColumnParallelLinear,
-                    activation_func=ModuleSpec(module=Swiglu, params={"device": device}),
+                    activation_func=ModuleSpec(module=Swiglu, params={"device": device}) if model.swiglu else gelu,
                     linear_fc2=RowParallelLinear,
                 ),
             ),

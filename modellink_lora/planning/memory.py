@@ -102,15 +102,17 @@ def frozen_elements(plan: Plan, stage: int) -> int:
     """Base weights on a rank of `stage`."""
     m, t = plan.model, plan.tp
     h, q, kv = m.hidden_size, m.query_width // t, m.kv_width // t
-    one = h * (q + 2 * kv) + q * h + 3 * h * m.ffn_hidden_size // t + 2 * h
+    norm, f = h * (1 + m.norm_bias), m.ffn_hidden_size // t
+    one = h * (q + 2 * kv) + q * h + h * f * (m.fc1_parts + 1) + norm * (4 if m.post_norm else 2)
     one += (q + 2 * kv) * m.add_qkv_bias + 2 * m.kv_channels * m.qk_layernorm
+    one += h * m.add_dense_bias + (f * m.fc1_parts + h) * m.add_mlp_bias
     elements = plan.partition.layers_of_stage(stage) * one
     rows = m.padded_vocab_size // t * h
     first, last = stage == 0, stage == plan.partition.stages - 1
     if first:
-        elements += rows
+        elements += rows + norm * m.embed_layernorm
     if last:
-        elements += h  # final norm
+        elements += norm  # the final one
         if m.untie_embeddings_and_output_weights or not first:  # a tied output layer of another stage is a copy
             elements += rows
     return elements

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.adapter import base_fingerprint
-from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles, open_rank_files
+from modellink_lora.checkpoint.megatron_dist import open_megatron
+from modellink_lora.checkpoint.rank_files import HF_FILES, RankFiles
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.build import RandomWeights, Weights
-from modellink_lora.models.families import family_of
+from modellink_lora.models.families import check_tensors, family_of, guess_model_type
 from modellink_lora.models.family import Family
 
 
@@ -49,11 +50,12 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
         given: ModelConfig fields the user typed; they must agree with the checkpoint.
     """
     if not load:
-        config = ModelConfig(**{**given, "hf_model_type": _family_of_flags(given)})
+        config = ModelConfig(**{**given, "hf_model_type": guess_model_type(given)})
+        check_tensors(config)
         config = dataclasses.replace(config, padded_vocab_size=_padded(config, tp, given))
         family = family_of(config.hf_model_type)
         return Base(config, family, RandomWeights(family, config, seed), None)
-    files = open_rank_files(Path(load), flag="--load", model_flags=given)
+    files = open_megatron(Path(load), flag="--load", model_flags=given)
     if use_mcore_models and files.spelling == "legacy":
         raise UserError(f"--use-mcore-models contradicts --load {load}, which holds legacy names: remove the flag")
     config = dataclasses.replace(files.config, padded_vocab_size=_padded(files.config, tp, given))
@@ -63,7 +65,3 @@ def open_base(load: str | None, given: Mapping[str, Any], *, tp: int, seed: int,
 def _padded(config: ModelConfig, tp: int, given: Mapping[str, Any]) -> int:
     """Vocabulary rows of this run: as asked for, else as stored if TP divides them, else the next multiple."""
     return config.padded_vocab_size if "padded_vocab_size" in given else config.padded_for(tp)
-
-
-def _family_of_flags(given: Mapping[str, Any]) -> str:
-    return "qwen3" if given.get("qk_layernorm") else "qwen2" if given.get("add_qkv_bias") else "llama"

@@ -136,10 +136,10 @@ def open_data(
     """
     prefix = config.data_path[0]
     corpus = InstructionCorpus(prefix)
-    if model.sliding_window and config.seq_length > model.sliding_window:
+    if model.exact_length and config.seq_length > model.exact_length:
         raise UserError(
-            f"--seq-length {config.seq_length} exceeds the model's attention window of {model.sliding_window}, "
-            "which this version does not compute: use at most that"
+            f"--seq-length {config.seq_length} exceeds the {model.exact_length} tokens up to which the model attends "
+            "to all of them in one way; windows and scaling with the length are not computed here: use at most that"
         )
     if config.seq_length > model.max_position_embeddings:
         raise UserError(

@@ -61,6 +61,8 @@ def summary_rows(
     most = max(memory, key=lambda parts: parts["total"])
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in most.items() if name != "total")
     stages = f" (stage {memory.index(most)}, the largest)" if len(memory) > 1 else ""
+    beyond = ", ".join(config.beyond_llama())
+    caution = f"; {beyond} is not in this estimate, which knows Llama's layers" if beyond else ""
     return [
         ("model", f"{config.hf_model_type}, {config.num_layers} layers, hidden {config.hidden_size}, "
                   f"{config.parameter_count():,} parameters, from {base.root or 'random weights'}"),
@@ -73,7 +75,8 @@ def summary_rows(
         ("data", f"{run_data.config.data_path[0]}: train {len(run_data.splits['train']):,}, "
                  f"validation {len(run_data.splits['valid']):,}, test {len(run_data.splits['test']):,} samples"),
         ("schedule", f"{train.train_iters} iterations x {run_data.batch_size} samples, {schedule}"),
-        ("memory a rank", f"{most['total'] / 2**20:,.0f} MB of tensors at the longest samples{stages}: {parts}"),
+        ("memory a rank", f"{most['total'] / 2**20:,.0f} MB of tensors at the longest samples{stages}: {parts}"
+                          + caution),
     ]  # fmt: skip
 
 

@@ -23,11 +23,19 @@ def obstacle(inputs: Inputs, dtype: str, device: Device) -> str | None:
         return "peft is not installed"
     if not inputs.base.root or not (inputs.base.root / HF_FILES / "config.json").is_file():
         return f"the base keeps no {HF_FILES}/config.json"
+    if inputs.base.config.hf_model_type not in _known_to_transformers():
+        return f"transformers has no model of type {inputs.base.config.hf_model_type}"
     needed = 2 * inputs.base.config.parameter_count() * DTYPES[dtype].itemsize
     free = device.free_memory()
     if needed > free:
         return f"the whole model needs {needed / 2**30:.1f} GiB here, {free / 2**30:.1f} are free"
     return None
+
+
+def _known_to_transformers() -> set[str]:
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING)
 
 
 def peft_gradients(

@@ -218,7 +218,7 @@ def _relative(found: float, expected: float) -> float:
 
 def _samples(flags: Mapping[str, Any], model: ModelConfig, train: TrainConfig, folder: Path) -> SftDataConfig:
     """The user's data, or random tokens of various lengths whose first third is not trained."""
-    longest = min(filter(None, (LENGTH, model.max_position_embeddings, model.sliding_window)))
+    longest = min(filter(None, (LENGTH, model.max_position_embeddings, model.exact_length)))
     flags = {"seq_length": longest, **flags}
     if flags.get("data_path"):
         return SftDataConfig(**flags)

@@ -1,8 +1,9 @@
-"""Writes LoRA checkpoints key by key as ModelLink's training saved them in November 2024.
+"""Writes checkpoints key by key as ModelLink's training saved them in November 2024, with LoRA or without.
 
 A second implementation of the format, on purpose: it imports nothing of the program under test, only torch and numpy.
-An mcore run saves everything (base tensors as `.base_layer.`, and the factors); a legacy run saves the factors, the
-embedding and the output layer. Letters: t tensor parallel size, p pipeline stages, v virtual stages of each.
+With LoRA, an mcore run saves everything (base tensors as `.base_layer.`, and the factors); a legacy run saves the
+factors, the embedding and the output layer. Without an adapter both save the whole model. Letters: t tensor parallel
+size, p pipeline stages, v virtual stages of each.
 
     python tests/golden/modellink_adapter.py --base base.pt --adapter adapter.pt --heads 4 --groups 2 --tp 2 --out DIR
 
@@ -14,8 +15,12 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import torch
@@ -36,9 +41,13 @@ ROW = ("self_attention.linear_proj", "mlp.linear_fc2")
 def write(
     root: Path, base: dict[str, Tensor], adapter: dict[str, Tensor], *, heads: int, groups: int, tp: int = 1,
     pp: int = 1, vpp: int = 1, legacy: bool = False, alpha: int = 16, iteration: int = 500, positions: int = 128,
-    rotary_base: float = 10000.0, epsilon: float = 1e-6, layers_of_stages: list[int] | None = None,
+    rotary_base: float = 10000.0, epsilon: float = 1e-6, layers_of_stages: list[int] | None = None, npu: bool = False,
 ) -> Path:  # fmt: skip
-    """Write the checkpoint and its tracker below `root`; returns `root`."""
+    """Write the checkpoint and its tracker below `root`; returns `root`.
+
+    Args:
+        npu: store tensors as torch_npu does those of an Ascend device.
+    """
     layers = 1 + max(int(name.split(".")[2]) for name in base if name.startswith("decoder.layers."))
     runs = layers_of_stages or [layers // (pp * vpp)] * (pp * vpp)  # layers of run v * pp + p
     assert sum(runs) == layers and len(runs) == pp * vpp
@@ -68,7 +77,7 @@ def write(
             }  # fmt: skip
             path = folder / (f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "")) / "model_optim_rng.pt"
             path.parent.mkdir(parents=True)
-            torch.save(document, path)
+            (save_npu if npu else torch.save)(document, path)
     (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return root
 
@@ -103,7 +112,7 @@ def stage(
             state[f"{local}.weight"] = cut(name, tensor, t, tp)
             if (module in COLUMN and factor == "lora_B") or (module in ROW and factor == "lora_A"):
                 state[f"{local}._extra_state"] = None
-    return nested(state) if legacy else state
+    return nested(state, whole=not adapter) if legacy else state
 
 
 def cut(name: str, tensor: Tensor, t: int, tp: int) -> Tensor:
@@ -124,8 +133,8 @@ def cut(name: str, tensor: Tensor, t: int, tp: int) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def nested(state: dict[str, Tensor | None]) -> dict:
-    """The legacy form: of the layers only what has `lora` in its key, embedding and output layer whole."""
+def nested(state: dict[str, Tensor | None], *, whole: bool) -> dict:
+    """The legacy form. With LoRA, of the layers only what has `lora` in its key; embedding and output layer whole."""
     encoder = {}
     model: dict = {"language_model": {"encoder": encoder}}
     for name, tensor in state.items():
@@ -133,8 +142,8 @@ def nested(state: dict[str, Tensor | None]) -> dict:
             model["language_model"]["embedding"] = {"word_embeddings": {"weight": tensor}}
         elif name == "output_layer.weight":
             model["language_model"]["output_layer"] = {"weight": tensor}
-        elif "lora" in name:
-            key = name.removeprefix("decoder.")
+        elif whole or "lora" in name:
+            key = name.removeprefix("decoder.").replace("final_layernorm", "final_norm")
             for mcore, legacy in LEGACY.items():
                 key = key.replace(mcore, legacy)
             encoder[key] = tensor
@@ -165,7 +174,8 @@ def arguments(
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         num_layers_per_virtual_pipeline_stage=layers // (pp * vpp) if vpp > 1 else None, num_layer_list=None,
         use_mcore_models=not legacy, params_dtype=dtype, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        lora_r=next(iter(adapter.values())).shape[0], lora_alpha=alpha, lora_load=None, lora_fusion=True,
+        lora_r=next(iter(adapter.values())).shape[0] if adapter else 16, lora_alpha=alpha, lora_load=None,
+        lora_fusion=bool(adapter),
         lora_target_modules=[old if legacy else new for new, old in short.items() if new in modules],
         lora_modules_to_save=None, lora_register_forward_hook=["word_embeddings", "input_layernorm"],
         stage="sft", finetune=True, iteration=iteration, consumed_train_samples=32 * iteration,
@@ -184,6 +194,39 @@ def training_state() -> dict:
             "rng_tracker_states": {"model-parallel-rng": torch.zeros(16, dtype=torch.uint8)},
         }],
     }  # fmt: skip
+
+
+class NpuTensor:
+    """Pickles as torch_npu pickles a tensor of an Ascend device."""
+
+    def __init__(self, tensor: Tensor, rebuild: Callable) -> None:
+        self.tensor, self.rebuild = tensor, rebuild
+
+    def __reduce__(self) -> tuple:
+        t = self.tensor.contiguous()
+        storage = torch.storage.TypedStorage(wrap_storage=t.untyped_storage(), dtype=t.dtype, _internal=True)
+        return self.rebuild, (storage, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict(), (2,))
+
+
+def save_npu(document: dict, path: Path) -> None:
+    """torch.save with weights tagged `npu:0`, rebuilt by a function of torch_npu, which readers may not have."""
+    name = "torch_npu.utils.storage"
+
+    def _rebuild_npu_tensor(*args: object) -> None:
+        raise AssertionError("only its name is stored")
+
+    _rebuild_npu_tensor.__module__, _rebuild_npu_tensor.__qualname__ = name, "_rebuild_npu_tensor"
+    modules = {part: types.ModuleType(part) for part in ("torch_npu", "torch_npu.utils", name)}
+    modules[name]._rebuild_npu_tensor = _rebuild_npu_tensor
+
+    def on_device(node: object) -> object:
+        if isinstance(node, dict):
+            return {key: on_device(value) for key, value in node.items()}
+        return NpuTensor(node, _rebuild_npu_tensor) if isinstance(node, Tensor) else node
+
+    stored = {key: on_device(value) if key.startswith("model") else value for key, value in document.items()}
+    with mock.patch.dict(sys.modules, modules), mock.patch("torch.serialization.location_tag", lambda _: "npu:0"):
+        torch.save(stored, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

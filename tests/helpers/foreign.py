@@ -35,6 +35,10 @@ class Foreign:
         """Write base and adapter below `root` as ModelLink does."""
         return modellink_adapter.write(root, self.base, self.adapter, heads=4, groups=2, alpha=16, **layout)
 
+    def modellink_base(self, root: Path, **layout: Any) -> Path:
+        """Write the base alone below `root` as ModelLink does."""
+        return modellink_adapter.write(root, self.base, {}, heads=4, groups=2, **layout)
+
 
 def make_foreign(folder: Path, *, layers: int = 4, tied: bool = False) -> Foreign:
     """Make all of it in `folder`."""

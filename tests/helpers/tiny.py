@@ -9,7 +9,17 @@ import torch
 
 VOCAB = 259  # 256 bytes + 3 special tokens; odd, so that every padding rule is exercised
 SPECIAL = ("<pad>", "<s>", "</s>")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "glm", "glm4", "bloom")
+# what makes a family's peculiarity visible in a tiny model
+PECULIAR: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},  # not hidden / heads
+    "mistral": {"sliding_window": None},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 64,
+               "attn_logit_softcapping": 1.5, "final_logit_softcapping": 1.0},
+    "glm": {"head_dim": 16, "rms_norm_eps": 1e-5},
+    "glm4": {"head_dim": 24},
+}  # fmt: skip
 
 
 def tiny_model(
@@ -21,6 +31,7 @@ def tiny_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tokenizer: bool = False,
+    std: float = 0.05,
     **overrides: Any,
 ) -> Path:
     """Save a random model of transformers' own class (hidden 64, 4 heads, 2 groups, ffn 128) and return `folder`."""
@@ -31,11 +42,7 @@ def tiny_model(
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
         "tie_word_embeddings": tied, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258,
     }  # fmt: skip
-    if family == "qwen3":
-        settings["head_dim"] = 32  # not hidden / heads
-    if family == "mistral":
-        settings["sliding_window"] = None
-    config = AutoConfig.for_model(family, **{**settings, **overrides})
+    config = AutoConfig.for_model(family, **{**settings, **PECULIAR.get(family, {}), **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -46,7 +53,7 @@ def tiny_model(
             elif parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=std)
     model.to(dtype).save_pretrained(folder)
     if tokenizer:
         tiny_tokenizer(folder)

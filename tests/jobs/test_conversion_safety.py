@@ -240,6 +240,7 @@ def test_a_byte_that_changed_on_the_disk_is_found(good: Path, tmp_path: Path, ca
     monkeypatch.setattr(verify, "_forget", damage)
     line = refused(capsys, *reshard(good / "mg", tmp_path / "out"), "--verify")
     assert "decoder.final_layernorm.weight of rank 0 read back differs" in line
+    assert not (tmp_path / "out").exists(), "a result that was found wrong got its name"
 
 
 def test_pickles_of_this_test_are_really_dangerous(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.convert import execute
 from tests.distributed.test_logits import logits_here
-from tests.helpers.conversion import convert
+from tests.helpers.conversion import convert, hf_tensors
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.training import hf_to_megatron
@@ -31,6 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"v_proj": 5, "0.mlp.up_proj": 40, "o_proj": 9},
     },
     "one layer": {"target_modules": ALL, "layers_to_transform": [1]},
+    "all but some": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "up_proj"], "lora_alpha": 3},
     "an expression": {"target_modules": r".*(0\.self_attn\.[qk]_proj|1\.mlp\.(down|up)_proj)"},
 }  # fmt: skip
 
@@ -75,6 +80,86 @@ def test_the_merged_model_computes_what_peft_computes(family: str, settings: dic
     convert(hf_to_megatron(hf, tmp_path / "mg"), tmp_path / "merged", to="hf", lora_load=str(tmp_path / "peft"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/mg2hg")
     assert distance(logits(merged, IDS), expected) < TOLERANCE
+
+
+def test_modules_that_were_trained_as_a_whole_take_their_place_when_merging(hf: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    model = peft_model(hf, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "peft")
+    for to, load in (("mg", hf), ("hf", tmp_path / "mg")):
+        convert(load, tmp_path / to, to=to, **({"lora_load": str(tmp_path / "peft")} if to == "mg" else {}),
+                **({"target_tensor_parallel_size": 2} if to == "mg" else {}))  # fmt: skip
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf/mg2hg")
+    assert distance(logits(merged, IDS), logits(model, IDS)) < TOLERANCE
+    with pytest.raises(UserError, match=r"replaces .*output_layer\.weight as a whole \(modules_to_save\), which only"):
+        adapter_alone(tmp_path / "peft", tmp_path / "own", to="adapter", base=hf)
+
+
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_exported_again_it_is_the_folder_that_it_was(settings: dict[str, Any], hf: Path, tmp_path: Path) -> None:
+    """Through our own format and through ModelLink's rank files at TP2 x PP2."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = peft_model(hf, **settings)
+    model.save_pretrained(tmp_path / "peft")
+    convert(hf, tmp_path / "own", to="adapter", lora_load=str(tmp_path / "peft"))
+    layout = {"target_tensor_parallel_size": 2, "target_pipeline_parallel_size": 2}
+    adapter_alone(tmp_path / "own", tmp_path / "ranks", to="adapter-ranks", **layout)
+    adapter_alone(tmp_path / "ranks", tmp_path / "again", to="peft")
+    found, expected = hf_tensors(tmp_path / "again"), hf_tensors(tmp_path / "peft")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), str(tmp_path / "again"))
+    assert torch.equal(logits(loaded.eval(), IDS), logits(model, IDS))
+
+
+@pytest.mark.parametrize("rank, error", [(4, 0.0), (2, 0.2)])
+def test_an_adapter_cut_to_fewer_singular_values_is_near_and_says_how_near(
+    rank: int, error: float, hf: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = peft_model(hf, **ADAPTERS["all"])
+    model.save_pretrained(tmp_path / "peft")
+    said = adapter_alone(tmp_path / "peft", tmp_path / "cut", to="peft", base=hf, svd_rank=rank)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), str(tmp_path / "cut")).eval()
+    expected = logits(model, IDS)
+    found = distance(logits(loaded, IDS), expected)
+    assert (found < TOLERANCE) if not error else (found > 100 * TOLERANCE)
+    before, after = hf_tensors(tmp_path / "peft"), hf_tensors(tmp_path / "cut")
+    worst = 0.0
+    for name in [name for name in before if "lora_A" in name]:
+        assert after[name].shape[0] == rank
+        update = 2 * before[name.replace("_A", "_B")].double() @ before[name].double()
+        cut = after[name.replace("_A", "_B")].double() @ after[name].double()
+        best = torch.linalg.svdvals(update)[rank:].square().sum().sqrt()  # no matrix of this rank is nearer
+        assert (update - cut).norm() <= best + 1e-5 * update.norm()
+        worst = max(worst, float((update - cut).norm() / update.norm()))
+    stated = float(re.search(r"greatest (\S+) \(", said)[1])
+    assert stated == pytest.approx(worst, abs=1e-3) and stated >= error
+
+
+def adapter_alone(load: Path, save: Path, *, to: str, base: Path | None = None, **fields: Any) -> str:
+    """Convert an adapter, without its base if none is given; what was said."""
+    said: list[str] = []
+    config = ConvertConfig(
+        lora_load=str(load), save_dir=str(save), load_dir=str(base) if base else None, load_model_type="hf",
+        save_model_type=to, **fields,
+    )  # fmt: skip
+    execute.run(config, {}, say=said.append)
+    return "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("base") / "hf")
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from modellink_lora.config.errors import UserError
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families.baichuan import BAICHUAN
+from modellink_lora.models.families.bloom import BLOOM
+from modellink_lora.models.families.gemma import GEMMA, GEMMA2
+from modellink_lora.models.families.glm import CHATGLM, GLM, GLM4
+from modellink_lora.models.families.index import INDEX
+from modellink_lora.models.families.internlm import INTERNLM, INTERNLM2
 from modellink_lora.models.families.llama import LLAMA
+from modellink_lora.models.families.minicpm import MINICPM
 from modellink_lora.models.families.mistral import MISTRAL
+from modellink_lora.models.families.qwen import QWEN
 from modellink_lora.models.families.qwen2 import QWEN2
 from modellink_lora.models.families.qwen3 import QWEN3
 from modellink_lora.models.family import Family
+from modellink_lora.models.shapes import tensor_names
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (
+    LLAMA, MISTRAL, QWEN, QWEN2, QWEN3, BAICHUAN, CHATGLM, GLM, GLM4, INTERNLM, INTERNLM2, GEMMA, GEMMA2, BLOOM,
+    MINICPM, INDEX,
+)  # fmt: skip
+
+# What tells the family of a checkpoint that does not name it: a ModelConfig field, its telling value, a model_type.
+_SIGNS: tuple[tuple[str, Any, str], ...] = (
+    ("embed_layernorm", True, "bloom"),
+    ("attn_logit_softcapping", None, "gemma2"),
+    ("post_norm", True, "gemma2"),
+    ("add_rmsnorm_offset", True, "gemma"),
+    ("qk_layernorm", True, "qwen3"),
+    ("rotary_interleaved", True, "chatglm"),
+    ("scale_depth", None, "minicpm"),
+    ("position_embedding_type", "alibi", "baichuan"),
+    ("normalize_head", True, "baichuan"),
+    ("add_dense_bias", True, "llama"),
+    ("add_qkv_bias", True, "qwen2"),
+)
 
 
 def family_of(hf_model_type: str) -> Family:
@@ -24,18 +55,49 @@ def family_of(hf_model_type: str) -> Family:
 def family_named(model_type_hf: str) -> Family:
     """The family of a `--model-type-hf` value. Raises UserError listing what there is."""
     for family in FAMILIES:
-        if model_type_hf == family.name or model_type_hf in family.hf_model_types:
+        if model_type_hf in family.spellings:
             return family
-    known = ", ".join(family.name for family in FAMILIES)
+    known = ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.spellings))
     raise UserError(f"--model-type-hf {model_type_hf} is not supported; supported are {known}")
+
+
+def guess_model_type(fields: Mapping[str, Any]) -> str:
+    """A `model_type` whose family has the tensors of a model of which these ModelConfig fields are known."""
+    if fields.get("post_norm") and fields.get("add_qkv_bias"):
+        return GLM4.hf_model_types[0]
+    for name, telling, model_type in _SIGNS:
+        value = fields.get(name)
+        if value and (telling is None or value == telling):
+            return model_type
+    return LLAMA.hf_model_types[0]
+
+
+def has_its_tensors(config: ModelConfig) -> bool:
+    """Whether the model's family has exactly the tensors that its settings ask for."""
+    return not _differences(config)
+
+
+def check_tensors(config: ModelConfig) -> None:
+    """Raise UserError when the settings ask for tensors that the model's family does not have, or leave some out."""
+    for name, verb in _differences(config).items():
+        raise UserError(
+            f"no model family here has this combination of settings: as {config.hf_model_type} it would {verb} {name}"
+        )
+
+
+def _differences(config: ModelConfig) -> dict[str, str]:
+    held = {spec.name for spec in family_of(config.hf_model_type).tensors(config)}
+    asked = set(tensor_names(config))
+    return {name: "have" if name in held else "lack" for name in sorted(held ^ asked)}
 
 
 def check_name(model_type_hf: str, family: Family, *, where: str) -> None:
     """Raise UserError when `--model-type-hf` names another family than the model in `where` belongs to.
 
-    `llama2` is how scripts name every Llama-shaped model, so it agrees with all families here.
+    One name may stand for several families: `llama2` is how scripts name most that are Llama-shaped.
     """
-    if model_type_hf != LLAMA.name and family_named(model_type_hf) is not family:
+    family_named(model_type_hf)
+    if model_type_hf not in family.spellings:
         raise UserError(
             f"--model-type-hf {model_type_hf} contradicts {where}, which says model_type {family.hf_model_types[0]}: "
             "remove the flag"

@@ -1,8 +1,16 @@
-"""Llama 1, 2, 3, 3.1, 3.2 and the many models that say model_type llama (Yi, Code Llama, SmolLM2, ...)."""
+"""Llama 1, 2, 3, 3.1, 3.2, Code Llama, Yi, Aquila and the many other models that say model_type llama."""
 
 from __future__ import annotations
 
-from modellink_lora.models.families.common import LLAMA_ROWS, read_llama_like
+import functools
+
+from modellink_lora.models.families.common import llama_rows, read_llama_like
 from modellink_lora.models.family import Family
 
-LLAMA = Family(name="llama2", hf_model_types=("llama",), rows=LLAMA_ROWS, read_config=read_llama_like)
+LLAMA = Family(
+    name="llama2",
+    hf_model_types=("llama", "Yi", "aquila"),
+    rows=llama_rows(biased=("qkv", "proj", "fc1", "fc2")),
+    read_config=functools.partial(read_llama_like, biases=True),
+    aliases=("codellama", "yi", "llama3"),
+)

@@ -14,4 +14,6 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     return read_llama_like(config, absent={"num_key_value_heads": 8}, sliding_window=window or 0)
 
 
-MISTRAL = Family(name="mistral", hf_model_types=("mistral",), rows=LLAMA_ROWS, read_config=_read_config)
+MISTRAL = Family(
+    name="mistral", hf_model_types=("mistral",), rows=LLAMA_ROWS, read_config=_read_config, aliases=("llama2",)
+)

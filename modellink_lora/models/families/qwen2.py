@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import LLAMA_ROWS, QKV_BIAS_ROWS, read_llama_like, refuse_mixed_windows
+from modellink_lora.models.families.common import llama_rows, read_llama_like, refuse_mixed_windows
 from modellink_lora.models.family import Family
 
 
@@ -14,4 +14,10 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     return read_llama_like(config, absent={"num_key_value_heads": 32}, add_qkv_bias=True)
 
 
-QWEN2 = Family(name="qwen2", hf_model_types=("qwen2",), rows=LLAMA_ROWS + QKV_BIAS_ROWS, read_config=_read_config)
+QWEN2 = Family(
+    name="qwen2",
+    hf_model_types=("qwen2",),
+    rows=llama_rows(biased=("qkv",)),
+    read_config=_read_config,
+    aliases=("llama2", "qwen1.5", "qwen2.5"),
+)

@@ -14,4 +14,10 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     return read_llama_like(config, absent={"num_key_value_heads": 32, "head_dim": 128}, qk_layernorm=True)
 
 
-QWEN3 = Family(name="qwen3", hf_model_types=("qwen3",), rows=LLAMA_ROWS + QK_NORM_ROWS, read_config=_read_config)
+QWEN3 = Family(
+    name="qwen3",
+    hf_model_types=("qwen3",),
+    rows=LLAMA_ROWS + QK_NORM_ROWS,
+    read_config=_read_config,
+    aliases=("llama2",),
+)

@@ -14,11 +14,16 @@ import torch
 
 from modellink_lora.checkpoint.adapter import check_flags, check_resumable
 from modellink_lora.checkpoint.adapter_kinds import open_adapter
+from modellink_lora.checkpoint.lora_rank_writer import write_lora_rank_files
 from modellink_lora.checkpoint.rank_files import open_rank_files
+from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
+from modellink_lora.parallel.partition import Partition
 from tests.golden import modellink_adapter
 from tests.helpers.conversion import TARGETS, convert, hf_tensors
 from tests.helpers.foreign import SOURCES, Foreign, damage, make_foreign
+
+QKV = "decoder.layers.0.self_attention.linear_qkv"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,80 @@ def test_the_base_beside_an_adapter_is_the_base_it_was_made_of(source: str, fore
     files = open_rank_files(foreign.modellink(tmp_path, **SOURCES[source]))
     assert files.holds_adapter and set(files.names()) == set(foreign.base)
     assert all(torch.equal(files.read(name), tensor) for name, tensor in foreign.base.items())
+
+
+@pytest.mark.parametrize("npu", [False, True], ids=["cpu", "npu"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["mcore", "legacy"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_base_of_modellink_is_read_at_every_layout(
+    source: str, legacy: bool, npu: bool, foreign: Foreign, tmp_path: Path
+) -> None:
+    root = foreign.modellink_base(tmp_path, legacy=legacy, npu=npu, **SOURCES[source])
+    if npu:
+        document = (next(root.glob("iter_*/mp_rank_*/model_optim_rng.pt"))).read_bytes()
+        assert b"_rebuild_npu_tensor" in document and b"npu:0" in document
+    files = open_rank_files(root)
+    assert not files.holds_adapter and files.spelling == ("legacy" if legacy else "mcore")
+    assert set(files.names()) == set(foreign.base)
+    assert all(torch.equal(files.read(name), tensor) for name, tensor in foreign.base.items())
+
+
+def test_an_adapter_in_tensors_of_ascend_devices_is_read(foreign: Foreign, tmp_path: Path) -> None:
+    adapter = open_adapter(foreign.modellink(tmp_path, tp=2, pp=2, vpp=2, npu=True), base=dims(foreign))
+    assert all(torch.equal(adapter.read(name), tensor) for name, tensor in foreign.adapter.items())
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["mcore", "legacy"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_we_write_has_the_keys_and_tensors_that_modellink_writes(
+    source: str, legacy: bool, foreign: Foreign, tmp_path: Path
+) -> None:
+    layout = SOURCES[source]
+    theirs = foreign.modellink(tmp_path / "theirs", legacy=legacy, **layout)
+    stages, chunks = layout.get("pp", 1), layout.get("vpp", 1)
+    counts = layout.get("layers_of_stages") or [4 // (stages * chunks)] * (stages * chunks)
+    partition, spelling = Partition(tuple(counts), chunks), "legacy" if legacy else "mcore"
+    ours = write_lora_rank_files(
+        tmp_path / "ours", open_adapter(foreign.own), tp=layout.get("tp", 1), partition=partition, spelling=spelling
+    )
+    files = sorted(theirs.glob("iter_*/*/model_optim_rng.pt"))
+    assert [f.parent.name for f in files] == [f.parent.name for f in sorted(ours.glob("*/model_optim_rng.pt"))]
+    for file in files:
+        expected, found = torch.load(file, weights_only=False), load_rank_file(ours / file.parent.name / file.name)
+        for key in [key for key in expected if key.startswith("model")]:
+            wanted, held = flat(expected[key]), flat(found[key])
+            assert held.keys() == {name for name in wanted if ".lora_" in name}
+            for name, value in held.items():
+                assert value is None if wanted[name] is None else torch.equal(value, wanted[name])
+        for name in ("lora_r", "lora_alpha", "lora_target_modules", "num_layers", "tensor_model_parallel_size"):
+            assert getattr(found["args"], name) == getattr(expected["args"], name)
+
+
+def flat(node: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by points."""
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        result |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return result
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: d["modellink_lora"].update(adapter="{"), "is damaged or differs among the files"),
+    (lambda d: d["modellink_lora"].update(adapter=d["modellink_lora"]["adapter"].replace('"r": 4', '"r": 9')),
+     "says rank 9 for .*linear_fc1, lora_A has the shape"),
+    (lambda d: d.pop("modellink_lora"), "is not in every file"),
+    (lambda d: d["model"].pop(f"{QKV}.lora_B.default.weight"), "lacks .*linear_qkv.lora_B, the other factor is there"),
+])  # fmt: skip
+def test_files_of_ours_that_disagree_are_refused(
+    change: Callable[[dict[str, Any]], Any], words: str, foreign: Foreign, tmp_path: Path
+) -> None:
+    write_lora_rank_files(tmp_path, open_adapter(foreign.own), tp=2, partition=Partition((4,)), spelling="mcore")
+    damage(tmp_path, change, "mp_rank_00")
+    if "rank 9" in words:  # the same in both files
+        damage(tmp_path, change, "mp_rank_01")
+    with pytest.raises(UserError, match=words) as error:
+        open_adapter(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_tied_head_of_the_last_stage_is_no_part_of_the_adapter(tmp_path: Path) -> None:
@@ -97,9 +176,6 @@ def test_its_optimizer_is_not_read_so_it_cannot_be_resumed(foreign: Foreign, tmp
     check_resumable(open_adapter(foreign.own))
     with pytest.raises(UserError, match=r"adapter of ModelLink .* cannot be resumed; give --finetune"):
         check_resumable(open_adapter(foreign.modellink(tmp_path), base=dims(foreign)))
-
-
-QKV = "decoder.layers.0.self_attention.linear_qkv"
 
 
 @pytest.mark.parametrize("change, words", [

@@ -64,7 +64,7 @@ def test_what_we_export_comes_back_bit_for_bit(lora: dict[str, Any], hf: Path, t
 
 @pytest.mark.parametrize("changes, words", [
     ({"use_dora": True}, "use_dora true is not supported"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save \[\"lm_head\"\] is not supported"),
+    ({"modules_to_save": ["lm_head"]}, r'modules_to_save "lm_head" is not supported: its weights are not in the'),
     ({"lora_bias": True}, "lora_bias true is not supported"),
     ({"bias": "all"}, 'bias "all" is not supported'),
     ({"fan_in_fan_out": True}, "fan_in_fan_out true is not supported"),
@@ -94,7 +94,8 @@ def replaced(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:
 
 @pytest.mark.parametrize("change, words", [
     (replaced("base_model.model.lm_head.lora_A.weight"), "adapts lm_head, which is not among the linears"),
-    (replaced("base_model.model.lm_head.weight"), "modules_to_save is not supported"),
+    (replaced("base_model.model.lm_head.weight"), r"lm_head\.weight is \(4, 64\), the base's \(259, 64\)"),
+    (replaced(Q.replace("lora_A.", "")), "modules_to_save is not supported"),
     (replaced("base_model.model.model.embed_tokens.lora_embedding_A"), "an adapter on embed_tokens is not supported"),
     (replaced(Q.replace(".weight", ".bias").replace("_A", "_B")), "lora_bias is not supported"),
     (replaced(Q.replace("lora_A.weight", "lora_magnitude_vector")), "use_dora is not supported"),

@@ -29,10 +29,19 @@ def test_sizes_that_are_left_out_follow_from_the_others() -> None:
         ({"num_layers": 0}, "--num-layers is missing: give it, or --load a checkpoint"),
         ({"num_query_groups": 3}, "4 heads cannot share 3 query groups evenly"),
         ({"padded_vocab_size": 258}, "258 is below the vocabulary of 259"),
-        ({"normalization": "LayerNorm"}, "normalization LayerNorm is not supported"),
-        ({"swiglu": False}, "swiglu False is not supported"),
-        ({"position_embedding_type": "alibi"}, "position_embedding_type alibi is not supported"),
-        ({"rotary_percent": 0.5}, "--rotary-percent 0.5: only fully rotated heads"),
+        ({"position_embedding_type": "learned_absolute"}, "learned_absolute: give rope or alibi"),
+        ({"geglu": True}, "--swiglu together with --geglu"),
+        ({"gelu_tanh": True}, "--gelu-tanh together with --swiglu"),
+        ({"rotary_percent": 0.3}, "--rotary-percent 0.3 of 16 channels is not a whole number of pairs"),
+        ({"rotary_percent": 1.5}, "--rotary-percent 1.5"),
+        ({"position_embedding_type": "alibi", "rotary_interleaved": True}, "rotary settings together with"),
+        ({"normalization": "LayerNorm", "add_rmsnorm_offset": True}, "--add-rmsnorm-offset without"),
+        ({"normalization": "LayerNorm", "qk_layernorm": True}, "--qk-layernorm or --post-norm without"),
+        ({"normalization": "LayerNorm", "post_norm": True}, "--qk-layernorm or --post-norm without"),
+        ({"add_dense_bias": True}, "--add-dense-bias without --add-qkv-bias"),
+        ({"input_embeds_norm": True, "scale_emb": 2.0}, "--input-embeds-norm together with --scale-emb"),
+        ({"normalize_head": True}, "a normalized output layer that is also the embedding"),
+        ({"final_logit_softcapping": -1.0}, "a negative scale or soft cap"),
     ],
 )
 def test_models_that_cannot_be_run_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -63,14 +72,41 @@ def test_flags_that_agree_or_change_nothing_computed_are_taken() -> None:
     assert (freed.max_position_embeddings, freed.hidden_dropout) == (4096, 0.1)
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True},
+    "gemma2": {"swiglu": False, "geglu": True, "post_norm": True, "add_rmsnorm_offset": True},
+    "internlm": {"add_qkv_bias": True, "add_dense_bias": True},
+    "bloom": {"normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "alibi", "add_qkv_bias": True,
+              "embed_layernorm": True, "add_dense_bias": True, "add_mlp_bias": True},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_parameter_count_is_that_of_the_tensor_table(tied: bool) -> None:
+@pytest.mark.parametrize("family", SHAPES)
+def test_the_parameter_count_is_that_of_the_tensor_table(family: str, tied: bool) -> None:
     import math
 
-    from modellink_lora.models.families import family_of
+    from modellink_lora.models.families import check_tensors, family_of
     from modellink_lora.models.shapes import full_shape
 
-    for family, extra in (("llama", {}), ("qwen2", {"add_qkv_bias": True}), ("qwen3", {"qk_layernorm": True})):
-        config = ModelConfig(**NEEDED, hf_model_type=family, untie_embeddings_and_output_weights=not tied, **extra)
-        names = [spec.name for spec in family_of(family).tensors(config)]
-        assert config.parameter_count() == sum(math.prod(full_shape(name, config)) for name in names), family
+    settings = {**NEEDED, **SHAPES[family], "hf_model_type": family}
+    config = ModelConfig(**settings, untie_embeddings_and_output_weights=not tied)
+    check_tensors(config)
+    names = [spec.name for spec in family_of(family).tensors(config)]
+    assert config.parameter_count() == sum(math.prod(full_shape(name, config)) for name in names)
+
+
+def test_a_window_and_scaling_with_the_length_limit_the_length() -> None:
+    assert ModelConfig(**NEEDED).exact_length == 0
+    assert ModelConfig(**NEEDED, sliding_window=64).exact_length == 64
+    dynamic = {"rope_scaling_type": "dynamic", "original_max_position_embeddings": 32}
+    assert ModelConfig(**NEEDED, **dynamic).exact_length == 32
+    assert ModelConfig(**NEEDED, **dynamic, sliding_window=16).exact_length == 16
+
+
+def test_what_sets_a_model_apart_from_llama_is_listed() -> None:
+    assert ModelConfig(**NEEDED, add_qkv_bias=True).beyond_llama() == []
+    config = ModelConfig(**{**NEEDED, "swiglu": False, "geglu": True}, scale_emb=12.0)
+    assert config.beyond_llama() == ["swiglu False", "scale_emb 12.0"]

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families import FAMILIES, check_name, family_named, family_of
+from modellink_lora.models.families import (
+    FAMILIES,
+    check_name,
+    check_tensors,
+    family_named,
+    family_of,
+    guess_model_type,
+)
 
 BASE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 259, "rms_norm_eps": 1e-5,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 259,
+    "rms_norm_eps": 1e-5,
+}
+OWN_KEYS: dict[str, dict[str, Any]] = {  # of families whose config.json is not Llama's
+    "qwen": {"kv_channels": 16, "seq_length": 64},
+    "chatglm": {"num_layers": 2, "ffn_hidden_size": 128, "kv_channels": 16, "seq_length": 128,
+                "padded_vocab_size": 259},
 }  # fmt: skip
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def read(model_type: str = "llama", *, without: tuple[str, ...] = (), **keys: Any) -> ModelConfig:
-    config = {key: value for key, value in {**BASE, "model_type": model_type, **keys}.items() if key not in without}
+    settings = {**BASE, **OWN_KEYS.get(model_type, {}), "model_type": model_type, **keys}
+    config = {key: value for key, value in settings.items() if key not in without}
     return family_of(model_type).read_config(config)
 
 
@@ -65,7 +85,8 @@ def test_key_value_heads_absent_means_one_for_each_head() -> None:
 
 
 def test_embeddings_are_separate_unless_config_says_tied() -> None:
-    assert all(read(f.hf_model_types[0]).untie_embeddings_and_output_weights for f in FAMILIES)
+    tied = {f.name for f in FAMILIES if not read(f.hf_model_types[0]).untie_embeddings_and_output_weights}
+    assert tied == {"gemma", "gemma2", "bloom", "minicpm"}, "those whose config classes say so"
     assert not read(tie_word_embeddings=True).untie_embeddings_and_output_weights
 
 
@@ -79,14 +100,80 @@ def test_family_switches() -> None:
     assert read("qwen2").add_qkv_bias and not read("qwen2").qk_layernorm
     assert read("qwen3").qk_layernorm and not read("qwen3").add_qkv_bias
     assert not read().add_qkv_bias
+    both = read(attention_bias=True, mlp_bias=True)
+    assert both.add_qkv_bias and both.add_dense_bias and both.add_mlp_bias
+    assert read("internlm").add_dense_bias and not read("internlm", bias=False).add_dense_bias
+
+
+def test_gemmas_gelu_is_the_tanh_approximation_whatever_the_file_calls_it() -> None:
+    for keys in ({"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_activation": None}, {}):
+        assert read("gemma", **keys).geglu and read("gemma", **keys).gelu_tanh
+
+
+def test_gemma2_is_right_up_to_its_window_and_takes_null_for_no_cap() -> None:
+    config = read("gemma2", sliding_window=64, attn_logit_softcapping=None, query_pre_attn_scalar=24)
+    assert (config.exact_length, config.attn_logit_softcapping, config.final_logit_softcapping) == (64, 0.0, 30.0)
+    assert config.query_pre_attn_scalar == 24.0
+    assert read("gemma2", sliding_window=64, layer_types=["full_attention"] * 2).exact_length == 0
+
+
+@pytest.mark.parametrize("keys, positions, unit_head", [
+    ({}, "rope", False),
+    ({"vocab_size": 125696}, "rope", True),
+    ({"max_position_embeddings": None, "model_max_length": 64}, "rope", False),
+    ({"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": None}, "alibi", False),
+])  # fmt: skip
+def test_the_four_baichuan_models_are_told_apart(keys: dict[str, Any], positions: str, unit_head: bool) -> None:
+    config = read("baichuan", **keys)
+    assert (config.position_embedding_type, config.normalize_head) == (positions, unit_head)
+
+
+def test_baichuan_without_counted_positions_has_alibi() -> None:
+    config = read("baichuan", without=("max_position_embeddings",), model_max_length=64, z_loss_weight=0)
+    assert (config.position_embedding_type, config.max_position_embeddings) == ("alibi", 64)
+    assert config.normalize_head
+
+
+def test_scaling_that_acts_behind_a_length_is_taken_with_that_limit() -> None:
+    scaling = {"type": "dynamic", "factor": 2.0}
+    assert read("internlm2", bias=False, rope_scaling=scaling).exact_length == 128
+    assert read("qwen").exact_length == 64, "dynamic NTK and logn are QWenConfig's defaults"
+    assert read("qwen", use_dynamic_ntk=False, use_logn_attn=False).exact_length == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_family_has_the_tensors_its_settings_ask_for(family: Any) -> None:
+    check_tensors(read(family.hf_model_types[0]))
+
+
+def test_settings_that_no_family_has_together_are_refused_by_tensor() -> None:
+    config = dataclasses.replace(read(), embed_layernorm=True)
+    with pytest.raises(UserError, match=r"as llama it would lack embedding.word_embeddings.norm.weight"):
+        check_tensors(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_the_model_type_guessed_from_settings_has_their_tensors(family: Any) -> None:
+    config = read(family.hf_model_types[0])
+    check_tensors(dataclasses.replace(config, hf_model_type=guess_model_type(dataclasses.asdict(config))))
 
 
 @pytest.mark.parametrize("model_type, keys, words", [
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ("llama", {"attention_bias": True}, "attention_bias True"),
-    ("llama", {"mlp_bias": True}, "mlp_bias True"),
+    ("mistral", {"attention_bias": True}, "attention_bias True"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias True"),
+    ("gemma", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ("chatglm", {"rmsnorm": False}, "rmsnorm False"),
+    ("chatglm", {"add_bias_linear": True}, "add_bias_linear True"),
+    ("chatglm", {"pre_seq_len": 128}, "pre_seq_len 128"),
+    ("minicpm", {"num_experts": 8}, "num_experts 8"),
+    ("qwen", {"no_bias": False}, "no_bias False"),
+    ("qwen", {"rotary_pct": 0.25}, "rotary_pct 0.25"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type 'yarn'"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters.rope_type 'dynamic'"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type 'longrope'"),
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"torch_dtype": "float8_e4m3fn"}, "float8"),
@@ -102,22 +189,47 @@ def test_what_the_model_does_not_compute_is_refused_by_key(model_type: str, keys
 
 
 def test_an_unknown_model_type_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"'bloom'.*llama, mistral, qwen2, qwen3"):
-        family_of("bloom")
+    with pytest.raises(UserError, match=r"'mamba'.*llama, .*mistral, .*bloom"):
+        family_of("mamba")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_llama2_names_every_llama_shaped_family(family: Any) -> None:
-    check_name("llama2", family, where="config.json")
-    check_name(family.name, family, where="config.json")
+def test_a_family_goes_by_its_names(family: Any) -> None:
+    for name in family.spellings:
+        check_name(name, family, where="config.json")
     assert family_named(family.name) is family
+
+
+def test_one_name_may_stand_for_several_families() -> None:
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "internlm"):
+        check_name("llama2", family_of(model_type), where="config.json")
+    for model_type in ("chatglm", "glm"):
+        check_name("chatglm3", family_of(model_type), where="config.json")
+
+
+def test_the_names_of_older_launch_scripts_are_known() -> None:
+    for name in (
+        "baichuan",
+        "baichuan2",
+        "llama2",
+        "chatglm3",
+        "gemma",
+        "gemma2",
+        "bloom",
+        "qwen",
+        "internlm2",
+        "minicpm",
+    ):
+        family_named(name)
 
 
 def test_another_family_name_is_a_contradiction() -> None:
     with pytest.raises(UserError, match=r"--model-type-hf qwen3 contradicts config.json"):
         check_name("qwen3", family_of("llama"), where="config.json")
-    with pytest.raises(UserError, match="baichuan2 is not supported"):
-        check_name("baichuan2", family_of("llama"), where="config.json")
+    with pytest.raises(UserError, match=r"llama2 contradicts config.json"):
+        check_name("llama2", family_of("bloom"), where="config.json")
+    with pytest.raises(UserError, match="mixtral is not supported"):
+        check_name("mixtral", family_of("llama"), where="config.json")
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from modellink_lora.models.layouts import QKV, Column, GateUp, Layout, Replicated, Row, Vocab, lora_layouts
+from modellink_lora.models.layouts import (
+    QKV,
+    Column,
+    GateUp,
+    GroupedQKV,
+    Layout,
+    Replicated,
+    Row,
+    StackedGateUp,
+    StackedQKV,
+    Vocab,
+    lora_layouts,
+)
 
 H, F, R = 24, 32, 3  # hidden, ffn, LoRA rank
 
@@ -19,7 +31,10 @@ def parts(*rows: int, trailing: tuple[int, ...]) -> list[torch.Tensor]:
 CASES: dict[str, tuple[Layout, tuple[int, ...]]] = {
     "qkv grouped": (QKV(8, 4, 6), (48, 24, 24)),
     "qkv multi-head": (QKV(4, 4, 6), (24, 24, 24)),
+    "qkv grouped by the source": (GroupedQKV(8, 4, 6), (96,)),
+    "qkv stacked by the source": (StackedQKV(8, 4, 6), (96,)),
     "gate up": (GateUp(), (F, F)),
+    "gate up stacked by the source": (StackedGateUp(), (2 * F,)),
     "column": (Column(), (F,)),
     "replicated": (Replicated(), (F,)),
     "vocab": (Vocab(29, 32), (29,)),
@@ -50,6 +65,12 @@ def test_gather_undoes_shard_of_rows(tp: int) -> None:
     full = torch.randn(5, F)
     assert torch.equal(Row().gather([Row().shard(full, i, tp) for i in range(tp)]), full)
     assert Row().shard(full, 0, tp).shape == (5, F // tp)
+
+
+def test_a_stacked_source_makes_what_its_parts_make() -> None:
+    qkv, gate_up = parts(48, 24, 24, trailing=(H,)), parts(F, F, trailing=(H,))
+    assert torch.equal(StackedQKV(8, 4, 6).fuse([torch.cat(qkv)]), QKV(8, 4, 6).fuse(qkv))
+    assert torch.equal(StackedGateUp().fuse([torch.cat(gate_up)]), GateUp().fuse(gate_up))
 
 
 def test_a_shard_of_qkv_holds_whole_query_groups() -> None:

@@ -1,0 +1,96 @@
+"""An adapter alone from any format into any other: PEFT folder, this program's own, rank files of any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from modellink_lora.checkpoint.adapter import Adapter, write_adapter
+from modellink_lora.checkpoint.lora_rank_writer import common, write_lora_rank_files
+from modellink_lora.checkpoint.peft import scalings, write_peft
+from modellink_lora.checkpoint.peft_truncate import write_truncated
+from modellink_lora.checkpoint.store import iteration_folder, write_tracker
+from modellink_lora.config.convert import ConvertConfig
+from modellink_lora.config.errors import UserError
+from modellink_lora.parallel.partition import Partition
+
+Say = Callable[[str], None]
+
+
+def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
+    """Write `adapter` as `convert` asks; the folder written."""
+    folder = Path(convert.save_dir)
+    if folder.resolve() == Path(str(convert.lora_load)).resolve():
+        raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
+    for note in adapter.notes:
+        say(f"note: {note}")
+    lora = adapter.meta.lora
+    ranks = sorted({lora.rank_of(module) for module in adapter.modules})
+    say(
+        f"{convert.target}: {convert.lora_load} -> {folder}, {len(adapter.modules)} linears "
+        f"({' '.join(lora.target_modules)}), rank {' and '.join(map(str, ranks))}"
+    )
+    write = {"peft": _peft, "adapter": _own, "adapter-ranks": _ranks}[convert.target]
+    return write(convert, adapter, folder, say)
+
+
+def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
+    base = convert.base_model_name_or_path
+    if base is None and convert.load_dir and convert.source == "hf":
+        base = convert.load_dir
+    if convert.svd_rank:
+        if _stops(convert, say):
+            return folder
+        errors = write_truncated(folder, adapter, convert.svd_rank, base_model=base)
+        worst = max(errors, key=lambda name: errors[name])
+        say(f"relative error (Frobenius norm) of the updates: greatest {errors[worst]:.3g} ({worst}), "
+            f"mean {sum(errors.values()) / len(errors):.3g}")  # fmt: skip
+        kinds = dict.fromkeys(name.rsplit(".", 1)[-1] for name in errors)
+        greatest = (f"{k} {max(e for n, e in errors.items() if n.endswith('.' + k)):.3g}" for k in kinds)
+        say(f"  greatest of each kind: {', '.join(greatest)}")
+        say(f"wrote {folder}, every projection cut to rank {convert.svd_rank}")
+        return folder
+    if adapter.meta.peft is None and adapter.meta.lora.rank_pattern:
+        say("note: projections that share a fused linear share its lora_A and rank; --svd-rank gives smaller ones")
+    if len(scalings(adapter)) > 1:
+        say("note: alpha / r differs among the modules; PEFT reads that from the patterns, vLLM reads no patterns and "
+            "would scale some of them wrongly: merge the adapter for vLLM, or give --svd-rank")  # fmt: skip
+    if _stops(convert, say):
+        return folder
+    names = write_peft(folder, adapter, base_model=base)
+    say(f"wrote {folder}, {len(names)} tensors")
+    return folder
+
+
+def _own(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
+    written = iteration_folder(folder, adapter.meta.iteration)
+    if _stops(convert, say):
+        return folder
+    write_adapter(written, {name: adapter.stored(name) for name in adapter.shapes}, adapter.meta)
+    write_tracker(folder, adapter.meta.iteration)
+    say(f"wrote {written}, {len(adapter.shapes)} tensors")
+    return folder
+
+
+def _ranks(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
+    tp = convert.target_tensor_parallel_size or 1
+    layers, stages = adapter.meta.model.num_layers, convert.target_pipeline_parallel_size or 1
+    per_chunk = getattr(convert, "num_layers_per_virtual_pipeline_stage", None)
+    partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
+    spelling = convert.spelling(None)
+    r, alpha = common(adapter)
+    say(f"TP {tp}, layers per stage {partition.describe()}, {spelling} names; ModelLink's flags for it: "
+        f"--lora-r {r} --lora-alpha {alpha:g}")  # fmt: skip
+    if any(adapter.meta.lora.rank_of(module) != r for module in adapter.modules):
+        say(f"note: rank files have one rank: smaller ones are filled up to {r} with zeros")
+    if _stops(convert, say):
+        return folder
+    written = write_lora_rank_files(folder, adapter, tp=tp, partition=partition, spelling=spelling)
+    say(f"wrote {written}")
+    return folder
+
+
+def _stops(convert: ConvertConfig, say: Say) -> bool:
+    if convert.dry_run:
+        say("dry run: nothing was written")
+    return convert.dry_run

@@ -1,0 +1,62 @@
+"""Qwen, the first version: q, k and v stacked with a bias, gate and up named the other way round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families.common import ends, only, required, rows
+from modellink_lora.models.family import Family
+from modellink_lora.models.layouts import StackedQKV
+
+
+def _read_config(config: dict[str, Any]) -> ModelConfig:
+    for key, values in (("no_bias", (True,)), ("rotary_pct", (1.0, 1)), ("scale_attn_weights", (True,)),
+                        ("emb_dropout_prob", (0.0, 0))):  # fmt: skip
+        only(config, key, *values)
+    length = required(config, "seq_length")
+    fields: dict[str, Any] = {}
+    if config.get("use_dynamic_ntk", True) or config.get("use_logn_attn", True):  # both act behind seq_length only
+        fields = {"rope_scaling_type": "dynamic", "original_max_position_embeddings": length}
+    return ModelConfig(
+        num_layers=required(config, "num_hidden_layers"),
+        hidden_size=required(config, "hidden_size"),
+        num_attention_heads=required(config, "num_attention_heads"),
+        ffn_hidden_size=required(config, "intermediate_size") // 2,  # counts gate and up together
+        kv_channels=required(config, "kv_channels"),
+        max_position_embeddings=config.get("max_position_embeddings") or length,
+        vocab_size=required(config, "vocab_size"),
+        normalization="RMSNorm",
+        norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
+        swiglu=True,
+        position_embedding_type="rope",
+        rotary_base=float(config.get("rotary_emb_base", 10000)),
+        add_qkv_bias=True,
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        attention_dropout=float(config.get("attn_dropout_prob", 0.0)),
+        **ends(config),
+        **fields,
+    )
+
+
+QWEN = Family(
+    name="qwen",
+    hf_model_types=("qwen",),
+    rows=rows(
+        embedding="transformer.wte",
+        layer="transformer.h.*.",
+        norm="transformer.ln_f",
+        head="lm_head",
+        modules={
+            "input_norm": "ln_1",
+            "qkv": "attn.c_attn",
+            "proj": "attn.c_proj",
+            "pre_mlp_norm": "ln_2",
+            "fc1": "mlp.w{2,1}",
+            "fc2": "mlp.c_proj",
+        },
+        layouts={"qkv": StackedQKV},
+        biased=("qkv",),
+    ),
+    read_config=_read_config,
+)
