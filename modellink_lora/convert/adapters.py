@@ -7,9 +7,9 @@ from pathlib import Path
 
 from modellink_lora.checkpoint.adapter import Adapter, write_adapter
 from modellink_lora.checkpoint.lora_rank_writer import common, write_lora_rank_files
-from modellink_lora.checkpoint.peft import scalings, write_peft
+from modellink_lora.checkpoint.peft import CONFIG, scalings, write_peft
 from modellink_lora.checkpoint.peft_truncate import write_truncated
-from modellink_lora.checkpoint.store import iteration_folder, write_tracker
+from modellink_lora.checkpoint.store import TRACKER, iteration_folder, write_tracker
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
@@ -22,6 +22,9 @@ def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
     folder = Path(convert.save_dir)
     if folder.resolve() == Path(str(convert.lora_load)).resolve():
         raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
+    there = folder / (CONFIG if convert.target == "peft" else TRACKER)
+    if there.exists() and not convert.overwrite:
+        raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
     for note in adapter.notes:
         say(f"note: {note}")
     lora = adapter.meta.lora
@@ -75,8 +78,7 @@ def _own(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Pa
 def _ranks(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
     tp = convert.target_tensor_parallel_size or 1
     layers, stages = adapter.meta.model.num_layers, convert.target_pipeline_parallel_size or 1
-    per_chunk = getattr(convert, "num_layers_per_virtual_pipeline_stage", None)
-    partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
+    partition = Partition.of(layers, stages, convert.layer_list, convert.num_layers_per_virtual_pipeline_stage)
     spelling = convert.spelling(None)
     r, alpha = common(adapter)
     say(f"TP {tp}, layers per stage {partition.describe()}, {spelling} names; ModelLink's flags for it: "

@@ -46,7 +46,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
-        return export_adapter(convert, adapter, say)
+        with told_when_full(Path(convert.save_dir)):
+            return export_adapter(convert, adapter, say)
     source = open_source(convert)
     notes = list(source.notes)
     if convert.params_dtype is None:
