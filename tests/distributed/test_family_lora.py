@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.test_verify import verify_here
 from tests.helpers.conversion import convert, random_adapter
 from tests.helpers.reference_models import reference_model
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
+from tests.helpers.training import hf_to_megatron
 
 TOLERANCE = 2e-5  # of the greatest logit, in fp32: the merged weight is rounded once, the unmerged branch never
 IDS = [[72, 101, 108, 108, 111, 33, 7, 200], [1, 2, 3]]
@@ -84,3 +86,13 @@ def test_the_adapters_are_visible(folder: Path) -> None:
     for name in MODELS:
         base, merged = (found[f"{name}-{kind}"][0][0] for kind in ("mg", "merged"))
         assert float((base - merged).abs().max() / base.abs().max()) > 100 * TOLERANCE, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, fused", [("bloom", True), ("gemma", False), ("gemma2", True), ("glm", False)])
+def test_gradients_equal_peft_and_finite_differences(family: str, fused: bool, tmp_path: Path) -> None:
+    hf = tiny_model(family, tmp_path / "hf", tied=family != "glm")
+    base = hf_to_megatron(hf, tmp_path / "mg")
+    (good, told), _ = run(verify_here, world_size=2, base=str(base), against=("dp",), steps=1, lora_fusion=fused)
+    assert good, told
+    assert " PEFT " in told and " finite differences " in told
