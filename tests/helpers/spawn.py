@@ -87,6 +87,7 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from modellink_lora.device import get_device
     from modellink_lora.parallel.context import start_processes
@@ -109,6 +110,10 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
             )
             result = function(**arguments)
             parallel_state.destroy_model_parallel()
+            # what megatron-core keeps beyond that: two groups, and in a cache every rotary embedding with its group
+            parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+            parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
+            RotaryEmbedding.forward.cache_clear()
             dist.destroy_process_group()
             gc.collect()  # models hold their groups in cycles
             connection.send((True, result))
