@@ -18,7 +18,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TIMEOUT_SECONDS = 300
+# Models under data or pipeline parallelism are not let go (a cycle through autograd's nodes), nor are their groups, of
+# which each has three threads that poll; enough of them slow the whole machine down, and new processes cost seconds.
+MOST_THREADS = 150
 _pools: dict[int, Pool] = {}
 
 
@@ -57,6 +62,8 @@ class Pool:
             if failures or not ready:  # the others may wait for ever in a collective
                 self.close()
                 raise AssertionError("\n".join(failures) or f"no answer from ranks {sorted(pending.values())}")
+        if psutil.Process(self._processes[0].pid).num_threads() > MOST_THREADS:
+            self.close()
         return [answers[rank][1] for rank in range(len(answers))]
 
     def close(self) -> None:
