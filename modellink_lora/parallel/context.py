@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 
@@ -91,5 +92,6 @@ def _close_groups() -> None:
 
     for group in parallel_state._global_process_group_list or ():
         if group is not None:  # that is, not the one of all processes
-            dist.destroy_process_group(group)
+            with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
+                dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
