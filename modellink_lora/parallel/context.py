@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
 
     config.data_parallel_size(dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _close_groups()
     parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     return ParallelContext(
         config=config,
@@ -83,3 +84,14 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
+
+
+def _close_groups() -> None:
+    """Close the groups of the former layout. megatron-core would only forget its two dozen, and gloo's threads poll."""
+    from megatron.core import parallel_state
+
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # that is, not the one of all processes
+            with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
+                dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()

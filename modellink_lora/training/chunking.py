@@ -61,13 +61,14 @@ class Measured:
 
     def __init__(self, context: ParallelContext, device: Device, rows: int) -> None:
         self._context, self._device, self._rows = context, device, rows
+        # the cache is this object's, not the class's: process groups must not outlive their run
+        self._measured = functools.cache(self._measure)
 
     def __call__(self, base: Any) -> Callable[[int], int]:
         out, inputs = base.weight.shape
         is_column = hasattr(base, "output_size_per_partition")
-        return self._measure(out, inputs, inputs if is_column else out, base.weight.dtype)
+        return self._measured(out, inputs, inputs if is_column else out, base.weight.dtype)
 
-    @functools.cache  # noqa: B019  one object a run
     def _measure(self, out: int, inputs: int, width: int, dtype: torch.dtype) -> Callable[[int], int]:
         context, n = self._context, self._rows
         if context.tp_size == 1:

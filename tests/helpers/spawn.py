@@ -18,7 +18,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TIMEOUT_SECONDS = 300
+# Models under data or pipeline parallelism are not let go (a cycle through autograd's nodes), nor are their groups, of
+# which each has three threads that poll; enough of them slow the whole machine down, and new processes cost seconds.
+MOST_THREADS = 150
 _pools: dict[int, Pool] = {}
 
 
@@ -57,6 +62,8 @@ class Pool:
             if failures or not ready:  # the others may wait for ever in a collective
                 self.close()
                 raise AssertionError("\n".join(failures) or f"no answer from ranks {sorted(pending.values())}")
+        if psutil.Process(self._processes[0].pid).num_threads() > MOST_THREADS:
+            self.close()
         return [answers[rank][1] for rank in range(len(answers))]
 
     def close(self) -> None:
@@ -87,6 +94,7 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from modellink_lora.device import get_device
     from modellink_lora.parallel.context import start_processes
@@ -109,6 +117,10 @@ def _serve(rank: int, size: int, rendezvous: str, connection: Connection) -> Non
             )
             result = function(**arguments)
             parallel_state.destroy_model_parallel()
+            # what megatron-core keeps beyond that: two groups, and in a cache every rotary embedding with its group
+            parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+            parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP_GLOO = None
+            RotaryEmbedding.forward.cache_clear()
             dist.destroy_process_group()
             gc.collect()  # models hold their groups in cycles
             connection.send((True, result))

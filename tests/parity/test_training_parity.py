@@ -184,11 +184,10 @@ def test_every_level_of_the_fused_path_equals_peft(level: str, cases: Any, tmp_p
     assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
-@pytest.mark.parametrize("mutant", list(FUSED_MUTANTS))
+@pytest.mark.parametrize(
+    ("mutant", "layout"), [*((mutant, "tp2-sp") for mutant in FUSED_MUTANTS), ("no LoRA term in dX", "tp2")]
+)
 def test_a_broken_fused_path_is_noticed(mutant: str, layout: str, cases: Any, tmp_path: Path) -> None:
-    if mutant.startswith("rows") and layout == "tp2":
-        return  # nothing is gathered, so no order can be lost
     case = cases("qwen2-tied")
     found_losses, found_adapter = ours(case, tmp_path / "run", layout, mutant, **FUSED)
     assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE
