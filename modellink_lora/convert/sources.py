@@ -162,7 +162,7 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
     family = family_of(str(document.get("model_type")))
     said, held = family.read_config(document), source.config
     for name in (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "num_layers", "hidden_size", "mlp_sizes", "num_attention_heads", "num_query_groups", "kv_channels",
         "untie_embeddings_and_output_weights", "add_qkv_bias", "add_dense_bias", "add_mlp_bias", "qk_layernorm",
         "normalization", "gated", "embed_layernorm", "post_norm",
     ):  # fmt: skip
