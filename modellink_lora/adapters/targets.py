@@ -13,7 +13,6 @@ from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Layout, lora_layouts
 from modellink_lora.models.shapes import full_shape
 
-
 _OF_EXPERTS = ("linear_fc1", "linear_fc2")
 
 

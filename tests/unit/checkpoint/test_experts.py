@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.rank_files import FILE, open_rank_files
 from modellink_lora.config.errors import UserError
 from tests.golden import experts
@@ -123,3 +124,30 @@ def test_a_missing_expert_folder_is_named(tmp_path: Path) -> None:
     shutil.rmtree(root / "iter_0000300/mp_rank_01_000_001")
     with pytest.raises(UserError, match=r"mp_rank_01_000_001/.* is missing.*2 x 2 x 2"):
         open_rank_files(root)
+
+
+def test_an_adapter_beside_the_base_is_read_from_expert_folders(tmp_path: Path) -> None:
+    root = experts.write(tmp_path, full_tensors(), **MODEL, ep=2)
+    a, b = torch.randn(4, HEADS * D), torch.randn(H, 4)
+    proj = "decoder.layers.1.self_attention.linear_proj"
+
+    def adapt(document: dict[str, Any], module: str, a: Tensor, b: Tensor) -> None:
+        model = document["model"]
+        model[f"{module}.base_layer.weight"] = model.pop(f"{module}.weight")
+        model |= {f"{module}.lora_A.default.weight": a, f"{module}.lora_B.default.weight": b}
+        document["args"].lora_alpha = 8
+
+    own = {e: (torch.randn(4, F), torch.randn(H, 4)) for e in range(2)}  # of the last expert of each folder
+    for e, factors in own.items():
+        edit(root, f"*_{e:03d}", lambda d: adapt(d, proj, a, b))
+        inside = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2"
+        edit(root, f"*_{e:03d}", lambda d, factors=factors: adapt(d, inside, *factors))  # type: ignore[misc]
+    is_read(root, full_tensors())
+    adapter = open_adapter(root)
+    found = {name: adapter.read(name) for name in adapter.shapes}
+    expected = {f"{proj}.lora_A": a, f"{proj}.lora_B": b}
+    for number, factors in ((1, own[0]), (3, own[1])):
+        module = f"decoder.layers.0.mlp.experts.local_experts.{number}.linear_fc2"
+        expected |= {f"{module}.lora_A": factors[0], f"{module}.lora_B": factors[1]}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -235,7 +235,7 @@ def test_another_family_name_is_a_contradiction() -> None:
         check_name("qwen3", family_of("llama"), where="config.json")
     with pytest.raises(UserError, match=r"llama2 contradicts config.json"):
         check_name("llama2", family_of("bloom"), where="config.json")
-    with pytest.raises(UserError, match="mixtral contradicts config.json"):
+    with pytest.raises(UserError, match=r"mixtral contradicts config.json"):
         check_name("mixtral", family_of("llama"), where="config.json")
 
 
