@@ -130,6 +130,7 @@ def test_an_adapter_beside_the_base_is_read_from_expert_folders(tmp_path: Path) 
     root = experts.write(tmp_path, full_tensors(), **MODEL, ep=2)
     a, b = torch.randn(4, HEADS * D), torch.randn(H, 4)
     proj = "decoder.layers.1.self_attention.linear_proj"
+    inside = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2"  # as both files call their second
 
     def adapt(document: dict[str, Any], module: str, a: Tensor, b: Tensor) -> None:
         model = document["model"]
@@ -140,7 +141,6 @@ def test_an_adapter_beside_the_base_is_read_from_expert_folders(tmp_path: Path) 
     own = {e: (torch.randn(4, F), torch.randn(H, 4)) for e in range(2)}  # of the last expert of each folder
     for e, factors in own.items():
         edit(root, f"*_{e:03d}", lambda d: adapt(d, proj, a, b))
-        inside = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2"
         edit(root, f"*_{e:03d}", lambda d, factors=factors: adapt(d, inside, *factors))  # type: ignore[misc]
     is_read(root, full_tensors())
     adapter = open_adapter(root)
