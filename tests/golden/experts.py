@@ -54,7 +54,7 @@ def write(
                         if gate_as_parameter and rest == "mlp.shared_expert_gate.weight":
                             rest = "mlp.shared_experts.gate_weight"
                         model[local + rest] = shard(tensor, rest, t, tp)
-                        if "linear" in rest:
+                        if "linear" in rest and rest.endswith(".weight"):
                             model[local + rest.replace(".weight", "._extra_state")] = None
                     elif p == (0 if name.startswith("embedding.") else pp - 1):
                         model[name] = shard(tensor, name, t, tp)
@@ -69,7 +69,7 @@ def write(
 
 def shard(tensor: Tensor, name: str, t: int, tp: int) -> Tensor:
     """Rank t's share, as a tensor of its own."""
-    module = name.rpartition(".")[0] if name.endswith(".weight") else name
+    module = name.removesuffix(".weight").removesuffix(".bias")
     if module in ("mlp.experts.w1", "mlp.shared_experts.linear_fc1"):
         gate, up = tensor.chunk(2)
         part = torch.cat([gate.chunk(tp)[t], up.chunk(tp)[t]])
