@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -180,6 +181,14 @@ class SandwichLayer(TransformerLayer):
         self.mlp_bda.behind(self.post_mlp_layernorm)
 
 
+class Router(TopKRouter):
+    """megatron-core's, whose product needs Transformer Engine although it looks as if it could do without."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, experts], in the model's dtype like the source; the softmax is in fp32."""
+        return F.linear(input, self.weight)
+
+
 def mlp_spec(model: ModelConfig, device: Device) -> ModuleSpec:
     """The MLP of a layer, or the mixture of experts in its place, each expert such an MLP.
 
@@ -195,7 +204,7 @@ def mlp_spec(model: ModelConfig, device: Device) -> ModuleSpec:
         return ModuleSpec(module=MLP, submodules=parts)
     experts = ModuleSpec(module=SequentialMLP, submodules=parts)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=parts)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts, shared, Router))
 
 
 def block_spec(
