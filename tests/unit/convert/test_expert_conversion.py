@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from modellink_lora.checkpoint.rank_files import open_rank_files
+from modellink_lora.cli.convert import main
 from modellink_lora.config.diff import DiffConfig
 from modellink_lora.config.errors import UserError
+from modellink_lora.convert import verify
 from modellink_lora.convert.diff import diff
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
 from tests.helpers.made_model import Dimensions, made_model
@@ -57,6 +59,40 @@ def test_each_expert_folder_holds_its_experts_and_all_else(tmp_path: Path) -> No
             for number in range(2) for linear in (1, 2)
         }  # fmt: skip
         assert (document["args"].num_experts, document["args"].expert_model_parallel_size) == (4, 2)
+
+
+def test_a_byte_that_changed_in_a_copy_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "decoder.layers.0.self_attention.linear_proj.weight"
+
+    def damage(folder: Path) -> None:
+        path = folder / "mp_rank_00_001/model_optim_rng.pt"
+        weight = torch.load(path, weights_only=False)["model"][name]
+        data = bytearray(path.read_bytes())
+        data[data.find(weight.numpy().tobytes()) + weight.nbytes // 2] ^= 1  # a row that opening does not look at
+        path.write_bytes(data)
+
+    monkeypatch.setattr(verify, "_forget", damage)
+    with pytest.raises(UserError, match=rf"{name} of rank 0 read back differs"):
+        convert(made_model(tmp_path / "hf", MIXTRAL), tmp_path / "mg", to="mg", verify=True, **EP2)
+    assert not (tmp_path / "mg").exists()
+
+
+@pytest.mark.parametrize("flag", ["--target-expert-parallel-size", "--target-expert-model-parallel-size"])
+def test_both_spellings_of_the_flag_are_known(flag: str, tmp_path: Path) -> None:
+    words = ["--load-model-type", "hf", "--load-dir", made_model(tmp_path / "hf", MIXTRAL), "--save-dir",
+             tmp_path / "mg", "--use-mcore-models", "--model-type-hf", "mixtral", flag, 4]  # fmt: skip
+    main([str(word) for word in words])
+    assert open_rank_files(tmp_path / "mg").ep == 4
+
+
+def test_a_torch_dist_folder_of_experts_is_refused(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    stacked = {"decoder.layers.mlp.experts.experts.linear_fc1.weight": torch.zeros(2, 4, 8, 6)}
+    dcp.save(stacked, checkpoint_id=tmp_path / "iter_0000005")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    with pytest.raises(UserError, match="holds a mixture of experts in a torch_dist folder, which is not read"):
+        convert(tmp_path, tmp_path / "out", to="hf")
 
 
 def test_layouts_of_one_model_do_not_differ_and_other_experts_do(tmp_path: Path) -> None:
