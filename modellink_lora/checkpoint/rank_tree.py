@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.family import TensorSpec
+from modellink_lora.models.layouts import Layout
 from modellink_lora.models.shapes import full_shape
 from modellink_lora.parallel.partition import Partition
 
@@ -100,7 +102,12 @@ def check_spelling(config: ModelConfig, spelling: Spelling) -> None:
 
 def shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> torch.Size:
     """Raises ValueError when the tensor does not divide."""
-    return spec.layout.shard(torch.empty(full_shape(spec.name, config), device="meta"), rank, tp).shape
+    return _shard_shape(spec.layout, full_shape(spec.name, config), rank, tp)
+
+
+@functools.lru_cache(maxsize=1024)  # experts are thousands of tensors of the same few shapes
+def _shard_shape(layout: Layout, shape: tuple[int, ...], rank: int, tp: int) -> torch.Size:
+    return layout.shard(torch.empty(shape, device="meta"), rank, tp).shape
 
 
 def open_tree(folder: Path, *, flag: str) -> RankTree:

@@ -7,6 +7,7 @@ the checksums in, so that the result is what `torch.save` would have made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import struct
 import zipfile
@@ -54,15 +55,18 @@ class RankLayout:
 
     def places(self) -> Iterator[tuple[TensorSpec, str, int, int]]:
         """(tensor, global name it is stored under, stage, chunk) of everything in the files of one tensor rank."""
+        return iter(self._places)
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[TensorSpec, str, int, int]]:
         family, where = family_of(self.config.hf_model_type), self.partition
-        specs = list(family.tensors(self.config))
+        specs, found = list(family.tensors(self.config)), []
         for stage in range(where.stages):
             for chunk in range(where.chunks):
-                for spec in specs:
-                    if where.holds(spec.name, stage, chunk):
-                        yield spec, spec.name, stage, chunk
+                found += [(spec, spec.name, stage, chunk) for spec in specs if where.holds(spec.name, stage, chunk)]
                 if self.tied_copy and where.holds(HEAD, stage, chunk):
-                    yield family.tensor(EMBEDDING, self.config), HEAD, stage, chunk
+                    found.append((family.tensor(EMBEDDING, self.config), HEAD, stage, chunk))
+        return found
 
     def shard_shape(self, spec: TensorSpec, rank: int = 0) -> tuple[int, ...]:
         return tuple(shard_shape(spec, self.config, rank, self.tp))
