@@ -277,3 +277,33 @@ def test_tensor_and_tensors_agree(family: Any) -> None:
     specs = list(family.tensors(config))
     assert len({spec.name for spec in specs}) == len(specs)
     assert all(family.tensor(spec.name, config) == spec for spec in specs)
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # config.json -> parameters that the model card counts
+    "Mixtral-8x7B-v0.1": ({
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "vocab_size": 32000,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "hidden_act": "silu",
+    }, 46_702_792_704),
+    "Qwen1.5-MoE-A2.7B": ({
+        "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 8192, "vocab_size": 151936,
+        "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "sliding_window": 32768,
+        "use_sliding_window": False, "max_window_layers": 21, "tie_word_embeddings": False, "rope_theta": 1e6,
+    }, 14_315_784_192),
+    "Qwen3-30B-A3B": ({
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 40960,
+        "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+        "attention_bias": False, "sliding_window": None, "tie_word_embeddings": False, "rope_theta": 1e6,
+    }, 30_532_122_624),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_mixtures_have_as_many_parameters_as_their_cards_say(name: str) -> None:
+    config, parameters = PUBLISHED[name]
+    assert family_of(config["model_type"]).read_config(config).parameter_count() == parameters
