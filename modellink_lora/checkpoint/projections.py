@@ -69,12 +69,14 @@ def assemble(
     *,
     origin: str,
     iteration: int = 0,
+    keep: bool = False,
 ) -> Adapter:
     """The adapter whose linears (keys of `parts`) have these factors of projections.
 
     Args:
         load: (part, "A" or "B") -> its factor.
         settings: PEFT's adapter_config.json, which exporting writes again.
+        keep: keep them although ours would say the same of these factors.
     """
     targets = tuple(name for name in TARGETS if name in {module.rsplit(".", 1)[-1] for module in parts})
     rslora = bool(settings.get("use_rslora"))
@@ -97,7 +99,7 @@ def assemble(
     folded = [m for m, x in fused.items() if x.is_folded]
     lora = _lora(settings, targets, fused, bare, wide=wide or bool(folded))
     kept = None
-    if bare or not all(x.is_plain for x in fused.values()):
+    if keep or bare or not all(x.is_plain for x in fused.values()):
         missing = {m: (None,) * len(family_of(config.hf_model_type).tensor(f"{m}.weight", config).hf) for m in bare}
         kept = PeftOrigin(settings, {m: x.blocks for m, x in fused.items()} | missing)
     meta = AdapterMeta(lora, config, None, iteration, peft=kept)
