@@ -13,6 +13,8 @@ from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Layout, lora_layouts
 from modellink_lora.models.shapes import full_shape
 
+_OF_EXPERTS = ("linear_fc1", "linear_fc2")
+
 
 @dataclass(frozen=True)
 class AdaptedLinear:
@@ -45,6 +47,11 @@ def resolve_targets(given: Sequence[str]) -> tuple[str, ...]:
 
 def adapted_linears(family: Family, config: ModelConfig, lora: LoraConfig) -> list[AdaptedLinear]:
     """Every linear that `lora` adapts, layer by layer. Targets must be resolved."""
+    if config.num_experts and (inside := [name for name in lora.target_modules if name in _OF_EXPERTS]):
+        raise UserError(
+            f"--lora-target-modules {' '.join(inside)}: adapters inside experts are not trained; this model has "
+            f"{config.num_experts} experts a layer: give linear_qkv linear_proj"
+        )
     result = []
     for spec in family.tensors(config):
         module, _, leaf = spec.name.rpartition(".")

@@ -194,12 +194,15 @@ def base_fingerprint(config: ModelConfig, read: Callable[[str], Tensor]) -> str:
     """
     layers = sorted({0, config.num_layers // 2, config.num_layers - 1})
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+    mlps = ["mlp"]
+    if config.num_experts:
+        mlps = [f"mlp.experts.local_experts.{expert}" for expert in sorted({0, config.num_experts - 1})]
     for layer in layers:
         prefix = f"decoder.layers.{layer}."
-        names += [prefix + n for n in ("self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
-                                       "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")]  # fmt: skip
+        names += [f"{prefix}self_attention.{linear}.weight" for linear in ("linear_qkv", "linear_proj")]
+        names += [f"{prefix}{mlp}.{linear}.weight" for mlp in mlps for linear in ("linear_fc1", "linear_fc2")]
     digest = hashlib.sha256()
-    dims = (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.num_attention_heads,
+    dims = (config.num_layers, config.hidden_size, *config.mlp_sizes, config.num_attention_heads,
             config.num_query_groups, config.kv_channels, config.vocab_size)  # fmt: skip
     digest.update(repr(dims).encode())
     for name in names:

@@ -23,11 +23,11 @@ class Job:
     memory: int = 0  # bytes it holds at most
 
 
-def ticking(blocks: Iterable[Tensor], tick: Tick) -> Iterator[Tensor]:
-    """`blocks`, with `tick` told of each when the next is asked for, that is when it has been written."""
+def ticking(blocks: Iterable[Tensor], tick: Tick, *, times: int = 1) -> Iterator[Tensor]:
+    """`blocks`, with `tick` told of each when the next is asked for, that is when it has been written (`times`)."""
     for block in blocks:
         yield block
-        tick(block.numel() * block.element_size())
+        tick(block.numel() * block.element_size() * times)
 
 
 class Budget:

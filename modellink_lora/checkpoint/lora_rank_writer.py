@@ -23,7 +23,7 @@ from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import scaled_b
 from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.names import TARGETS, to_legacy
-from modellink_lora.checkpoint.rank_tree import SIDECAR, Spelling, rank_file
+from modellink_lora.checkpoint.rank_tree import SIDECAR, Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.store import iteration_folder, replacing_folder, write_tracker
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Replicated, lora_layouts
@@ -38,6 +38,7 @@ def write_lora_rank_files(root: Path, adapter: Adapter, *, tp: int, partition: P
     """
     meta, iteration = adapter.meta, adapter.meta.iteration
     _check_divides(adapter, tp)
+    check_spelling(meta.model, spelling)
     r, alpha = common(adapter)
     dtype = DTYPES[meta.lora.dtype or meta.model.params_dtype]
     args = megatron_args.namespace(
@@ -130,10 +131,6 @@ def _lora_args(adapter: Adapter, r: int, alpha: float, partition: Partition, spe
 
 def _check_divides(adapter: Adapter, tp: int) -> None:
     config = adapter.meta.model
-    for what, size in (
-        ("attention heads", config.num_attention_heads),
-        ("query groups", config.num_query_groups),
-        ("ffn rows", config.ffn_hidden_size),
-    ):
+    for what, size in config.widths_cut_by_tp.items():
         if size % tp:
             raise UserError(f"--target-tensor-parallel-size {tp} does not divide the {size} {what} of this model")

@@ -24,7 +24,7 @@ _UNRELIABLE = {
     "original_max_position_embeddings", "norm_epsilon", "make_vocab_size_divisible_by", "rotary_percent",
     "rotary_interleaved", "position_embedding_type", "geglu", "gelu_tanh", "add_rmsnorm_offset", "input_embeds_norm",
     "scale_emb", "scale_depth", "dim_model_base", "normalize_head", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping",
+    "final_logit_softcapping", "moe_router_topk", "moe_router_pre_softmax",
 }  # fmt: skip
 
 
@@ -42,6 +42,8 @@ def model_config(
     complete = hasattr(args, COMPLETE)
     if not complete:
         stored = _from_megatron(args, stored, where)
+        # experts beside a gated shared one are Qwen2-MoE's, which takes the softmax before it chooses
+        stored.setdefault("moe_router_pre_softmax", bool(sizes.get("moe_shared_expert_gate")))
         if isinstance(args.__dict__.get("num_layers"), int) and args.num_layers != sizes["num_layers"]:
             raise UserError(f"{where}: args say {args.num_layers} layers, the files hold {sizes['num_layers']}")
         if "vocab_size" in flags and not isinstance(getattr(args, "vocab_size", None), int):
@@ -106,7 +108,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def namespace(
-    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int
+    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int, ep: int = 1
 ) -> argparse.Namespace:
     """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides."""
     uneven = len(set(partition.counts)) > 1
@@ -117,7 +119,7 @@ def namespace(
         "fp16": dtype == DTYPES["fp16"],
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": partition.stages,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": ep,
         "virtual_pipeline_model_parallel_size": partition.chunks if partition.chunks > 1 else None,
         "num_layers_per_virtual_pipeline_stage": partition.counts[0] if partition.chunks > 1 else None,
         "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
@@ -134,4 +136,6 @@ def namespace(
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
+    for name in ("num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        values[name] = values[name] or None  # how Megatron says that there are none
     return argparse.Namespace(**values)

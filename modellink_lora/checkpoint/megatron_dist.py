@@ -100,6 +100,11 @@ def open_dist_model(
 ) -> RankFiles:
     """The base model in `folder`, which `root` names. Raises UserError as `open_rank_files` does."""
     source = open_torch_dist(folder)
+    if any(".mlp.experts." in name or ".mlp.router." in name for name in source.entries):
+        raise UserError(
+            f"{flag} {folder}: holds a mixture of experts in a torch_dist folder, which is not read: save it with "
+            "--ckpt-format torch"
+        )
     places = places_of(source)
     base = {name: place for name, place in places.items() if ADAPTER not in name}
     if not any(name.startswith("decoder.layers.") for name in base):

@@ -33,6 +33,15 @@ _TOP = {  # legacy: path of nested dictionaries, then the key
 _TIED_HEAD = ("word_embeddings_for_head", "weight")  # the last stage's copy of a tied embedding
 
 
+# The gate of a shared expert is a parameter of megatron-core's module, and ModelLink's files give it a module's name.
+_GATE, _GATE_PARAMETER = ".mlp.shared_expert_gate.weight", ".mlp.shared_experts.gate_weight"
+
+
+def from_module(name: str) -> str:
+    """The name in files, and everywhere here, of a parameter of megatron-core's modules."""
+    return name.replace(_GATE_PARAMETER, _GATE)
+
+
 def mcore_target(name: str) -> str:
     """The mcore name of a LoRA target given in either spelling; KeyError for anything else."""
     return name if name in TARGETS else _TARGETS_FROM_LEGACY[name]

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,14 +56,18 @@ class OutFile:
     def __exit__(self, *exception: object) -> None:
         os.close(self._descriptor)
 
-    def write(self, name: str, blocks: Iterable[Tensor]) -> int:
+    def write(self, name: str, blocks: Iterable[Tensor], *, also: Sequence[OutFile] = ()) -> int:
         """Fill the place of `name` with consecutive blocks of its rows; returns the bytes written.
 
         Any thread may call it, each tensor once.
+
+        Args:
+            also: files that hold the same tensor under the same name, filled together with this one.
         """
         slot = self.slots[name]
-        assert name not in self._written, f"{name} was written twice"
-        self._written.add(name)
+        for file in (self, *also):
+            assert name not in file._written, f"{name} was written twice"
+            file._written.add(name)
         done, crc = 0, 0
         for block in blocks:
             assert block.dtype == slot.dtype, (name, block.dtype, slot.dtype)
@@ -71,11 +75,13 @@ class OutFile:
             assert done + len(data) <= slot.nbytes, f"{name}: more rows than {slot.shape}"
             if self._checksums:
                 crc = zlib.crc32(data, crc)
-            self._put(data, self._offsets[name] + done)
+            for file in (self, *also):
+                file._put(data, file._offsets[name] + done)
             done += len(data)
         assert done == slot.nbytes, f"{name}: {done} bytes instead of {slot.nbytes}"
-        if self._checksums:
-            self.crc32[name] = crc
+        for file in (self, *also):
+            if file._checksums:
+                file.crc32[name] = crc
         return done
 
     def patch(self, data: bytes, offset: int) -> None:

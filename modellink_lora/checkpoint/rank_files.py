@@ -48,6 +48,10 @@ class RankFiles:
         return self._tree.tp
 
     @property
+    def ep(self) -> int:
+        return self._tree.ep
+
+    @property
     def partition(self) -> Partition:
         return self._tree.partition
 
@@ -73,12 +77,12 @@ class RankFiles:
     def held(self) -> Iterator[str]:
         """Every stored tensor of the model, as `<rank folder>/<global name>`."""
         for (rank, stage), tensors in self._tree.base.items():
-            yield from (f"{self._tree.file(rank, stage).parent.name}/{name}" for name in tensors)
+            yield from (f"{self._tree.file(rank, stage, name).parent.name}/{name}" for name in tensors)
 
     def keys(self, name: str) -> tuple[str, ...]:
         """Which of `held` make the tensor of global name `name`."""
         stage = self._tree.stage_of(name)
-        return tuple(f"{self._tree.file(rank, stage).parent.name}/{name}" for rank in range(self.tp))
+        return tuple(f"{self._tree.file(rank, stage, name).parent.name}/{name}" for rank in range(self.tp))
 
     def names(self) -> list[str]:
         """Global mcore names of the model's tensors; the last stage's copy of a tied embedding is not one."""
@@ -98,6 +102,12 @@ class RankFiles:
         """What `read` puts together, each shard where it lies."""
         spec, shards = self._find(name)
         return Stored(shards, spec.layout, spec.layout.gather)
+
+    def copies(self, name: str, rank: int) -> Iterator[Tensor]:
+        """What expert-parallel ranks above 0 hold in the place of the shard `rank` of `name`."""
+        for (held_by, _, _), tensors in self._tree.copies.items():
+            if held_by == rank and name in tensors:
+                yield tensors[name]
 
     def _find(self, name: str) -> tuple[TensorSpec, list[Tensor]]:
         stage = self._tree.stage_of(name)
@@ -187,11 +197,11 @@ _TOLD_BY = {  # ModelConfig field: the tensor that is there where it is set
 def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """ModelConfig fields that the tensors tell by themselves. Only with a gate can they not tell which kind it is."""
     tensors, tp, folder = tree.base[0, 0], tree.tp, tree.folder
-    layer = _LAYER
+    layer, expert = _LAYER, "mlp.experts.local_experts.0." if f"{_LAYER}mlp.router.weight" in tensors else "mlp."
     need = {
         "embedding": EMBEDDING, "qkv": layer + "self_attention.linear_qkv.weight",
-        "proj": layer + "self_attention.linear_proj.weight", "fc1": layer + "mlp.linear_fc1.weight",
-        "fc2": layer + "mlp.linear_fc2.weight",
+        "proj": layer + "self_attention.linear_proj.weight",
+        "fc1": f"{layer}{expert}linear_fc1.weight", "fc2": f"{layer}{expert}linear_fc2.weight",
     }  # fmt: skip
     if missing := [name for name in need.values() if name not in tensors]:
         raise UserError(f"{folder}: lacks {missing[0]}, so it does not hold a whole model")
@@ -209,7 +219,7 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
         "padded_vocab_size": embedding[0] * tp,
         "kv_channels": head_dim,
         "num_query_groups": (qkv[0] * tp // head_dim - heads) // 2,
-        "ffn_hidden_size": fc2[1] * tp,
+        **_measure_experts(args, tree, width=fc2[1] * tp),
         "swiglu": gated and not geglu,
         "geglu": gated and geglu,
         "normalization": "LayerNorm" if layer + "input_layernorm.bias" in tensors else "RMSNorm",
@@ -227,6 +237,24 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
     if not hasattr(args, "hf_model_type"):
         fields["hf_model_type"] = guess_model_type({**vars(args), **(flags or {}), **fields})
     return fields
+
+
+def _measure_experts(args: argparse.Namespace, tree: RankTree, *, width: int) -> dict[str, Any]:
+    """Sizes of the MLPs; `width` is that of one expert, or of the MLP where there are none."""
+    tensors, said = tree.base[0, 0], getattr(args, "num_experts", None) or 0
+    router, shared = (tensors.get(f"{_LAYER}mlp.{name}.weight") for name in ("router", "shared_experts.linear_fc2"))
+    experts = router.shape[0] if router is not None else 0
+    if said != experts:
+        raise UserError(f"{tree.folder}: args say num_experts {said}, {_LAYER}mlp.router has {experts} rows")
+    if not experts:
+        sizes: dict[str, Any] = {"ffn_hidden_size": width, "moe_ffn_hidden_size": 0}
+    else:
+        sizes = {"moe_ffn_hidden_size": width}
+    return sizes | {
+        "num_experts": experts,
+        "moe_shared_expert_intermediate_size": shared.shape[1] * tree.tp if shared is not None else 0,
+        "moe_shared_expert_gate": f"{_LAYER}mlp.shared_expert_gate.weight" in tensors,
+    }
 
 
 def _check_tensors(files: RankFiles) -> None:

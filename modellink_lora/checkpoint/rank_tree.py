@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modellink_lora.checkpoint.names import from_legacy
+from modellink_lora.checkpoint.experts import count_experts, expert_of, renumbered, separate
+from modellink_lora.checkpoint.names import from_legacy, from_module
 from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -56,6 +58,10 @@ class RankTree:
     lora: Shards  # `<global module>.lora_A`, `.lora_B`
     dropped: Mapping[str, str] = field(default_factory=dict)  # what is there and not used -> why
     sidecars: Mapping[tuple[int, int], Any] = field(default_factory=dict)  # of this program's adapters
+    ep: int = 1
+    local_experts: int = 0  # of a layer in one file
+    # (tp rank, stage, expert rank above 0) -> what it holds outside the experts: the same as rank 0
+    copies: Mapping[tuple[int, int, int], dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def holds_adapter(self) -> bool:
@@ -66,8 +72,10 @@ class RankTree:
         """Whether the base's layers are there; ModelLink's legacy LoRA checkpoints leave them out."""
         return any(name.startswith("decoder.layers.") for names in self.base.values() for name in names)
 
-    def file(self, rank: int, stage: int) -> Path:
-        return rank_file(self.folder, rank, stage, self.partition.stages)
+    def file(self, rank: int, stage: int, name: str = "") -> Path:
+        """The file that the tensor of this global name, or of any outside the experts, is read from."""
+        expert = (expert_of(name) or 0) // max(1, self.local_experts)
+        return rank_file(self.folder, rank, stage, self.partition.stages, expert, self.ep)
 
     def stage_of(self, name: str) -> int:
         """The stage whose layers or ends the tensor of this global name belongs to."""
@@ -75,9 +83,19 @@ class RankTree:
         return next(p for p in range(where.stages) if any(where.holds(name, p, c) for c in range(where.chunks)))
 
 
-def rank_file(folder: Path, rank: int, stage: int, stages: int) -> Path:
-    """`mp_rank_TT` with one stage, `mp_rank_TT_PPP` with several; virtual stages share their stage's file."""
-    return folder / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")) / FILE
+def rank_file(folder: Path, rank: int, stage: int, stages: int, expert: int = 0, ep: int = 1) -> Path:
+    """`mp_rank_TT`, then `_PPP` with several stages and `_EEE` with several expert-parallel ranks.
+
+    Virtual stages share their stage's file.
+    """
+    name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if stages > 1 else "") + (f"_{expert:03d}" if ep > 1 else "")
+    return folder / name / FILE
+
+
+def check_spelling(config: ModelConfig, spelling: Spelling) -> None:
+    """Raise UserError where a model has no names in this spelling."""
+    if config.num_experts and spelling == "legacy":
+        raise UserError("a mixture of experts has no legacy names: give --use-mcore-models, without --save-to-legacy")
 
 
 def shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> torch.Size:
@@ -88,67 +106,101 @@ def shard_shape(spec: TensorSpec, config: ModelConfig, rank: int, tp: int) -> to
 def open_tree(folder: Path, *, flag: str) -> RankTree:
     """Open the rank files of one iteration's folder. Raises UserError when files are missing, damaged or mixed up."""
     files = _load_all(folder, flag)
-    tp, stages = max(rank for rank, _ in files) + 1, max(stage for _, stage in files) + 1
-    chunks = {key: _chunks(file, rank_file(folder, *key, stages)) for key, file in files.items()}
-    count = len(chunks[0, 0])
-    if different := [key for key, held in chunks.items() if len(held) != count]:
-        raise UserError(f"{rank_file(folder, *different[0], stages)}: holds other virtual stages than the first file")
-    spelling: Spelling = "legacy" if "language_model" in chunks[0, 0][0] else "mcore"
+    tp, stages, ep = (max(numbers) + 1 for numbers in zip(*files, strict=True))
+    paths = {(rank, stage, expert): rank_file(folder, rank, stage, stages, expert, ep) for rank, stage, expert in files}
+    chunks = {key: _chunks(file, paths[key]) for key, file in files.items()}
+    count = len(chunks[0, 0, 0])
+    if different := [key for key, models in chunks.items() if len(models) != count]:
+        raise UserError(f"{paths[different[0]]}: holds other virtual stages than the first file")
+    spelling: Spelling = "legacy" if "language_model" in chunks[0, 0, 0][0] else "mcore"
     dropped: dict[str, str] = {}
-    local = {key: [list(_flatten(model, spelling, folder, dropped)) for model in held] for key, held in chunks.items()}
+    local: dict[tuple[int, int, int], list[list[tuple[str, Tensor]]]] = {}
+    for key, found in chunks.items():
+        try:
+            local[key] = [list(separate(list(_flatten(model, spelling, folder, dropped)), ep)) for model in found]
+        except UserError as error:
+            raise UserError(f"{paths[key]}: {str(error).removeprefix(f'{folder}: ')}") from None
     dropped |= {key: reason for key, reason in _TRAINING_STATE.items() if any(key in file for file in files.values())}
-    counts = [_count_layers(local[0, run % stages][run // stages]) for run in range(stages * count)]
+    counts = [_count_layers(local[0, run % stages, 0][run // stages]) for run in range(stages * count)]
     partition = Partition(tuple(counts), count)
-    base: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in files}
-    lora: dict[tuple[int, int], dict[str, Tensor]] = {key: {} for key in files}
+    base: dict[tuple[int, int], dict[str, Tensor]] = {key[:2]: {} for key in files}
+    lora: dict[tuple[int, int], dict[str, Tensor]] = {key[:2]: {} for key in files}
+    copies: dict[tuple[int, int, int], dict[str, Tensor]] = {key: {} for key in files if key[2]}
+    experts = {key: max(count_experts(name for name, _ in model) for model in models) for key, models in local.items()}
+    each = max(experts.values())
+    if odd := [key for key, number in experts.items() if number != each]:
+        raise UserError(f"{paths[odd[0]]}: holds {experts[odd[0]]} experts of a layer, other files {each}")
     stripped = ""
-    for (rank, stage), models in local.items():
+    for (rank, stage, expert), models in sorted(local.items()):
+        where = paths[rank, stage, expert]
         for chunk, tensors in enumerate(models):
             for name, tensor in tensors:
                 factor = _FACTOR.fullmatch(name)
                 if factor is None and ".lora_" in name:
                     raise UserError(
-                        f"{rank_file(folder, rank, stage, stages)}: holds {name}; of LoRA tensors only "
+                        f"{where}: holds {name}; of LoRA tensors only "
                         "lora_A.default.weight and lora_B.default.weight are read"
                     )
                 held, plain = (lora, ".".join(factor.groups())) if factor else (base, name.replace(".base_layer.", "."))
                 stripped = stripped or (name if plain != name and not factor else "")
-                plain = partition.to_global(plain, stage, chunk)
-                if plain in held[rank, stage]:
-                    raise UserError(f"{rank_file(folder, rank, stage, stages)}: holds {plain} twice, with and without "
+                plain = renumbered(partition.to_global(from_module(plain), stage, chunk), expert * each)
+                copy = expert > 0 and expert_of(plain) is None
+                into = copies[rank, stage, expert] if copy else held[rank, stage]
+                if plain in into:
+                    raise UserError(f"{where}: holds {plain} twice, with and without "
                                     "base_layer in its name: the file is mixed up")  # fmt: skip
-                held[rank, stage][plain] = tensor
+                into[plain] = tensor
     if stripped and not any(lora.values()):
         raise UserError(f"{folder}: holds {stripped} but no LoRA factors: it is neither a base nor an adapter")
-    args = files[0, 0].get("args")
+    if ep > 1:
+        dropped["all but the experts, of expert-parallel ranks above 0"] = "copies of what rank 0 holds"
+    args = files[0, 0, 0].get("args")
     tree = RankTree(
-        folder, _number(files[0, 0].get("iteration")), args if isinstance(args, argparse.Namespace) else None,
+        folder, _number(files[0, 0, 0].get("iteration")), args if isinstance(args, argparse.Namespace) else None,
         tp, partition, spelling, base, lora, dropped,
-        {key: file[SIDECAR] for key, file in files.items() if SIDECAR in file},
+        {key[:2]: file[SIDECAR] for key, file in files.items() if SIDECAR in file and not key[2]}, ep, each, copies,
     )  # fmt: skip
     _check_args_layout(tree)
+    _check_copies(tree)
     return tree
 
 
-def _load_all(folder: Path, flag: str) -> dict[tuple[int, int], dict[str, Any]]:
-    """Every rank file by (tp rank, stage). Raises UserError when the set of folders has holes."""
-    found: dict[tuple[int, int], Path] = {}
+def _load_all(folder: Path, flag: str) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """Every rank file by (tp rank, stage, expert rank). Raises UserError when the set of folders has holes."""
+    found: dict[tuple[int, ...], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
-        match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?", path.name)
+        match = re.fullmatch(r"mp_rank_(\d{2})((?:_\d{3}){0,2})", path.name)
         if not match:
-            raise UserError(f"{path}: unexpected folder name; expected mp_rank_TT or mp_rank_TT_PPP")
-        if match.group(3):
-            raise UserError(f"{path}: expert-parallel checkpoints are not supported in this version")
-        found[int(match.group(1)), int(match.group(2) or 0)] = path / FILE
+            raise UserError(f"{path}: unexpected folder name; expected mp_rank_TT, mp_rank_TT_PPP or ..._PPP_EEE")
+        found[int(match[1]), *(int(number) for number in match[2].split("_")[1:])] = path / FILE
     if not found:
         raise UserError(f"{flag} {folder}: holds no mp_rank_* folders (it is empty)")
-    tp, stages = max(rank for rank, _ in found) + 1, max(stage for _, stage in found) + 1
-    for rank in range(tp):
-        for stage in range(stages):
-            if (rank, stage) not in found or not found[rank, stage].is_file():
-                missing = found.get((rank, stage), rank_file(folder, rank, stage, stages))
-                raise UserError(f"{missing} is missing: {folder} should hold {tp} x {stages} rank files (TP x PP)")
-    return {key: load_rank_file(path) for key, path in found.items()}
+    if len({len(numbers) for numbers in found}) > 1:
+        raise UserError(f"{flag} {folder}: the names of its mp_rank_* folders have different numbers of parts: files "
+                        "are mixed up")  # fmt: skip
+    loaded = {numbers: load_rank_file(path) for numbers, path in found.items() if path.is_file()}
+    by_expert = _second_is_expert(next(iter(loaded.values()), {}).get("args"))
+
+    def key(numbers: tuple[int, ...]) -> tuple[int, int, int]:
+        rank, second, third = (*numbers, 0, 0)[:3]
+        return (rank, 0, second) if by_expert and len(numbers) == 2 else (rank, second, third)
+
+    files = {key(numbers): path for numbers, path in found.items()}
+    tp, stages, ep = (max(numbers) + 1 for numbers in zip(*files, strict=True))
+    layout = f"{tp} x {stages} rank files (TP x PP)" if ep == 1 else f"{tp} x {stages} x {ep} rank files (TP x PP x EP)"
+    for place in itertools.product(range(tp), range(stages), range(ep)):
+        if place not in files or not files[place].is_file():
+            rank, stage, expert = place
+            missing = files.get(place, rank_file(folder, rank, stage, stages, expert, ep))
+            raise UserError(f"{missing} is missing: {folder} should hold {layout}")
+    return {key(numbers): file for numbers, file in loaded.items()}
+
+
+def _second_is_expert(args: Any) -> bool:
+    """Whether the second number of a folder's name counts expert-parallel ranks; with several stages it does not."""
+    return (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 and (
+        getattr(args, "pipeline_model_parallel_size", 1) or 1
+    ) == 1
 
 
 def _chunks(file: dict[str, Any], where: Path) -> list[dict[str, Any]]:
@@ -200,12 +252,28 @@ def _number(iteration: Any) -> int:
 
 def _check_args_layout(tree: RankTree) -> None:
     args = tree.args or argparse.Namespace()
-    layout = (("tensor_model_parallel_size", tree.tp), ("pipeline_model_parallel_size", tree.partition.stages))
+    layout = (("tensor_model_parallel_size", tree.tp), ("pipeline_model_parallel_size", tree.partition.stages),
+              ("expert_model_parallel_size", tree.ep))  # fmt: skip
     for name, found in layout:
-        said = getattr(args, name, found)
+        said = getattr(args, name, None) or (1 if name.startswith("expert") else found)
         if said != found:
             raise UserError(
                 f"{tree.folder}: args say {name} {said}, the rank folders make it {found}: files are missing or mixed"
             )
-    if (getattr(args, "expert_model_parallel_size", 1) or 1) > 1 or getattr(args, "num_experts", None):
-        raise UserError(f"{tree.folder}: is a mixture-of-experts checkpoint: not supported in this version")
+
+
+def _check_copies(tree: RankTree) -> None:
+    """That expert-parallel ranks hold the same tensors outside the experts: by names, shapes and some rows."""
+    for (rank, stage, expert), held in tree.copies.items():
+        first = {**tree.base[rank, stage], **tree.lora[rank, stage]}
+        first = {name: tensor for name, tensor in first.items() if expert_of(name) is None}
+        odd = sorted(held.keys() ^ first.keys()) or [name for name in held if not _alike(held[name], first[name])]
+        if odd:
+            where = rank_file(tree.folder, rank, stage, tree.partition.stages, expert, tree.ep)
+            raise UserError(f"{where}: {odd[0]} is not that of expert-parallel rank 0: files are mixed up")
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) if a.dim() < 2 else torch.equal(a[:1], b[:1]) and torch.equal(a[-1:], b[-1:])

@@ -7,9 +7,10 @@ the checksums in, so that the result is what `torch.save` would have made.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modellink_lora.checkpoint import dtypes, megatron_args
+from modellink_lora.checkpoint.experts import holders, renumbered
 from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.hf import copy_companions
 from modellink_lora.checkpoint.names import to_legacy
@@ -43,6 +45,7 @@ class RankLayout:
     partition: Partition
     spelling: Spelling
     dtype: torch.dtype
+    ep: int = 1
 
     @property
     def tied_copy(self) -> bool:
@@ -50,7 +53,7 @@ class RankLayout:
         return not self.config.untie_embeddings_and_output_weights and self.partition.stages > 1
 
     def places(self) -> Iterator[tuple[TensorSpec, str, int, int]]:
-        """(tensor, global name it is stored under, stage, chunk) of everything that one tensor rank holds."""
+        """(tensor, global name it is stored under, stage, chunk) of everything in the files of one tensor rank."""
         family, where = family_of(self.config.hf_model_type), self.partition
         specs = list(family.tensors(self.config))
         for stage in range(where.stages):
@@ -64,8 +67,14 @@ class RankLayout:
     def shard_shape(self, spec: TensorSpec, rank: int = 0) -> tuple[int, ...]:
         return tuple(shard_shape(spec, self.config, rank, self.tp))
 
+    def holders(self, name: str) -> Sequence[int]:
+        """Expert-parallel ranks that hold the tensor of this global name."""
+        return holders(name, self.config.num_experts, self.ep)
+
     def total_bytes(self) -> int:
-        per_rank = sum(torch.Size(self.shard_shape(spec)).numel() for spec, *_ in self.places())
+        per_rank = sum(
+            torch.Size(self.shard_shape(spec)).numel() * len(self.holders(name)) for spec, name, *_ in self.places()
+        )
         return per_rank * self.tp * self.dtype.itemsize
 
 
@@ -97,18 +106,20 @@ def write_rank_files(
     for spec, name, stage, _ in layout.places():
         places.setdefault(spec.name, []).append((name, stage))
     with replacing_folder(target) as temporary, contextlib.ExitStack() as stack:
-        files: dict[tuple[int, int], OutFile] = {}
-        for stage in range(layout.partition.stages):
-            for rank in range(layout.tp):
-                path = rank_file(temporary, rank, stage, layout.partition.stages)
-                path.parent.mkdir()
-                files[rank, stage] = stack.enter_context(_lay_out(path, layout, rank, stage, number))
+        files: dict[tuple[int, int, int], OutFile] = {}
+        stages = layout.partition.stages
+        for stage, rank, expert in itertools.product(range(stages), range(layout.tp), range(layout.ep)):
+            path = rank_file(temporary, rank, stage, stages, expert, layout.ep)
+            path.parent.mkdir()
+            files[rank, stage, expert] = stack.enter_context(_lay_out(path, layout, rank, stage, expert, number))
 
         def job(name: str) -> Job:
             def run(tick: Tick) -> None:
                 for rank in range(layout.tp):
                     for stored, stage in places[name]:
-                        files[rank, stage].write(stored, ticking(shards(name, rank, layout.tp), tick))
+                        first, *also = (files[rank, stage, expert] for expert in layout.holders(stored))
+                        blocks = ticking(shards(name, rank, layout.tp), tick, times=1 + len(also))
+                        first.write(stored, blocks, also=also)
 
             return Job(run, memory_of(name))
 
@@ -137,22 +148,23 @@ def whole_shards(layout: RankLayout, read: Callable[[str], Tensor]) -> Blocks:
     return shards
 
 
-def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, iteration: int) -> OutFile:
+def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int, iteration: int) -> OutFile:
     """A rank file with everything in it but the values of its tensors."""
     args = megatron_args.namespace(
         layout.config, tp=layout.tp, partition=layout.partition, legacy=layout.spelling == "legacy",
-        dtype=layout.dtype, iteration=iteration,
+        dtype=layout.dtype, iteration=iteration, ep=layout.ep,
     )  # fmt: skip
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]
     names: dict[int, str] = {}
     with FakeTensorMode():
         for spec, name, held_by, chunk in layout.places():
-            if held_by != stage:
+            if held_by != stage or expert not in layout.holders(name):
                 continue
             tensor = torch.empty(layout.shard_shape(spec, rank), dtype=layout.dtype)
             names[id(tensor)] = name
-            local = layout.partition.to_local(name, stage, chunk)
+            first = expert * (layout.config.num_experts // layout.ep)
+            local = renumbered(layout.partition.to_local(name, stage, chunk), -first)
             _put(models[chunk], local, tensor, layout.spelling, tied=layout.tied_copy)
     keys = ["model"] if chunks == 1 else [f"model{chunk}" for chunk in range(chunks)]
     document = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **dict(zip(keys, models, strict=True))}

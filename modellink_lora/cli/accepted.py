@@ -23,6 +23,8 @@ _SWITCHES = {
     "no-gradient-accumulation-fusion": "gradients are not accumulated inside the matrix kernel here",
     "recompute-lora-inputs": "on by default under --lora-fusion; --no-recompute-lora-inputs turns it off",
     "jit-compile": "a speed switch of Ascend kernels",
+    "moe-grouped-gemm": "a kernel for all experts at once; here they are computed one after another",
+    "moe-permutation-async-comm": "it moves communication in time, not in value",
     "no-async-tensor-model-parallel-allreduce": "it moves a reduction in time, not in value",
     "swap-attention": "it moves activations to host memory; the --recompute flags save memory",
     "reuse-fp32-param": "it restores the fp32 weights bit by bit from bf16 and a residual; here both are kept",
@@ -50,8 +52,13 @@ _WITH_VALUE = {
         1, "context parallelism is not available; use --sequence-parallel and a larger --tensor-model-parallel-size"
     ),
     "expert-model-parallel-size": only(
-        1, "mixture-of-experts models are not available, so there are no experts to split"
+        1, "training keeps all experts on every process; a checkpoint of any expert parallel size is read"
     ),
+    "moe-token-dispatcher-type": Accepted(1, "it chooses how tokens travel, not what is computed"),
+    "moe-router-load-balancing-type": Accepted(
+        1, "the router is frozen and no balancing loss is added", only=("none", "aux_loss")
+    ),
+    "moe-aux-loss-coeff": Accepted(1, "the router is frozen: no balancing loss is added", only=("0", "0.0")),
     "transformer-impl": only("local", "the layers are megatron-core's local ones; remove the flag"),
     "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
     "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
@@ -59,16 +66,7 @@ _WITH_VALUE = {
 
 ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
 
-_NO_EXPERTS = "mixture-of-experts models are not available in this version; use a dense model"
-
 REFUSED: dict[str, str] = {
-    "num-experts": _NO_EXPERTS,
-    "moe-router-topk": _NO_EXPERTS,
-    "moe-router-load-balancing-type": _NO_EXPERTS,
-    "moe-aux-loss-coeff": _NO_EXPERTS,
-    "moe-token-dispatcher-type": _NO_EXPERTS,
-    "moe-permutation-async-comm": _NO_EXPERTS,
-    "moe-grouped-gemm": _NO_EXPERTS,
     "reset-position-ids": (
         "training on packed samples with positions that restart is not available; preprocess without --pack and use "
         "--variable-seq-lengths"

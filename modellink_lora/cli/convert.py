@@ -14,16 +14,16 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.diff import DiffConfig
 
-_EXPERTS = "mixture-of-experts models are not available in this version; leave the flag out"
 REFUSED = {
-    "moe-grouped-gemm": _EXPERTS,
-    "num-experts": _EXPERTS,
+    "moe-grouped-gemm": (
+        "experts are written one by one (mlp.experts.local_experts), and grouped ones in --load-dir are read without "
+        "being told: leave the flag out"
+    ),
+    "num-experts": "the number of experts is read from config.json or the checkpoint: leave the flag out",
     "spec": "layers are built from the model family; --model-type-hf and config.json choose it",
 }
 ACCEPTED = {
     "model-type": only("GPT", "only GPT models can be converted"),
-    "target-expert-parallel-size": only(1, _EXPERTS),
-    "target-expert-model-parallel-size": only(1, _EXPERTS),
     "tokenizer-model": Accepted(1, "tokenizer files are copied with the model's other files"),
     "vocab-file": Accepted(1, "tokenizer files are copied with the model's other files"),
     "true-vocab-size": Accepted(1, "the vocabulary is read from config.json or the checkpoint"),

@@ -42,6 +42,9 @@ class ConvertConfig:
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
     target_tensor_parallel_size: int | None = flag(None, "tensor parallel size of the result; default 1")
     target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1")
+    target_expert_parallel_size: int | None = flag(
+        None, "expert parallel size of the result; default 1", aliases=("target-expert-model-parallel-size",)
+    )
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, "interleave the stages of the result: layers of each of its runs, stored as model0, model1, ..."
     )
@@ -94,7 +97,7 @@ class ConvertConfig:
             raise UserError("--load-dir is missing: name the checkpoint to convert")
         for name in (
             "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
-            "num_layers_per_virtual_pipeline_stage", "svd_rank",
+            "num_layers_per_virtual_pipeline_stage", "svd_rank", "target_expert_parallel_size",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,6 +110,8 @@ class ConvertConfig:
             raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
+        if self.target != "mg" and (self.target_expert_parallel_size or 1) != 1:
+            raise UserError(f"--target-expert-parallel-size is for --save-model-type mg, not {self.target}")
         if self.target not in ("mg", "adapter-ranks"):
             for name in ("num_layer_list", "num_layers_per_virtual_pipeline_stage"):
                 if getattr(self, name):

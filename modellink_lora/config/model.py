@@ -62,6 +62,18 @@ class ModelConfig:
     attn_logit_softcapping: float = flag(0.0, "scores become c tanh(scores / c) (Gemma 2); 0 for none")
     final_logit_softcapping: float = flag(0.0, "logits become c tanh(logits / c) (Gemma 2); 0 for none")
     sliding_window: int = flag(0, "attention window of the source model; 0 for none", hidden=True)
+    num_experts: int = flag(0, "experts of each layer's MLP; 0 for a dense model")
+    moe_router_topk: int = flag(2, "experts that each token is sent to")
+    moe_router_pre_softmax: bool = flag(
+        False, "weights of a token's experts are a softmax over all experts (Qwen2-MoE), else over the chosen ones"
+    )
+    moe_ffn_hidden_size: int = flag(
+        0, "width of one expert; default --ffn-hidden-size", aliases=("moe-intermediate-size",)
+    )
+    moe_shared_expert_intermediate_size: int = flag(0, "width of the expert that sees every token; 0 for none")
+    moe_shared_expert_gate: bool = flag(
+        False, "the shared expert's output has a gate for each token (Qwen2-MoE)", aliases=("shared-expert-gate",)
+    )
     attention_dropout: float = flag(0.0, "dropout of attention weights; default what the model's config says")
     hidden_dropout: float = flag(0.0, "dropout of the residual branches; default what the model's config says")
     init_method_std: float = flag(0.02, "standard deviation of random initial weights")
@@ -84,6 +96,8 @@ class ModelConfig:
         for name, value in derived.items():
             if getattr(self, name) < 1:
                 object.__setattr__(self, name, value)
+        if self.num_experts and self.moe_ffn_hidden_size < 1:
+            object.__setattr__(self, "moe_ffn_hidden_size", self.ffn_hidden_size)
         if self.num_attention_heads % self.num_query_groups:
             raise UserError(
                 f"{self.num_attention_heads} heads cannot share {self.num_query_groups} query groups evenly"
@@ -118,6 +132,16 @@ class ModelConfig:
             "--input-embeds-norm together with --scale-emb": self.input_embeds_norm and self.scale_emb != 1,
             "a normalized output layer that is also the embedding: give --untie-embeddings-and-output-weights":
                 self.normalize_head and not self.untie_embeddings_and_output_weights,
+            "experts without --swiglu, or with MLP biases or --post-norm":
+                self.num_experts > 0 and (not self.swiglu or self.add_mlp_bias or self.post_norm),
+            "--moe-ffn-hidden-size or --moe-shared-expert-intermediate-size without --num-experts":
+                self.num_experts == 0 and (self.moe_ffn_hidden_size or self.moe_shared_expert_intermediate_size) > 0,
+            "--moe-shared-expert-gate without --moe-shared-expert-intermediate-size":
+                self.moe_shared_expert_gate and not self.moe_shared_expert_intermediate_size,
+            f"--moe-router-topk {self.moe_router_topk} of {self.num_experts} experts":
+                self.num_experts > 0 and not 0 < self.moe_router_topk <= self.num_experts,
+            "--moe-router-topk 1 without --moe-router-pre-softmax, where every weight would be 1":
+                self.num_experts > 0 and self.moe_router_topk == 1 and not self.moe_router_pre_softmax,
             "a negative scale or soft cap": min(self.scale_emb, self.scale_depth, self.dim_model_base,
                 self.query_pre_attn_scalar, self.attn_logit_softcapping, self.final_logit_softcapping) < 0,
         }  # fmt: skip
@@ -126,12 +150,39 @@ class ModelConfig:
         """All parameters of the model, without vocabulary padding."""
         h, f, q, kv = self.hidden_size, self.ffn_hidden_size, self.query_width, self.kv_width
         norm, columns = h * (1 + self.norm_bias), f * self.fc1_parts
-        layer = h * (q + 2 * kv) + q * h + h * (columns + f) + norm * (4 if self.post_norm else 2)
+        layer = h * (q + 2 * kv) + q * h + self.mlp_weights(self.num_experts) + norm * (4 if self.post_norm else 2)
         layer += (q + 2 * kv) * self.add_qkv_bias + h * self.add_dense_bias + (columns + h) * self.add_mlp_bias
         layer += 2 * self.kv_channels * self.qk_layernorm
         ends = norm * (2 if self.embed_layernorm else 1)
         ends += self.vocab_size * h * (2 if self.untie_embeddings_and_output_weights else 1)
         return self.num_layers * layer + ends
+
+    def mlp_weights(self, experts: int, tp: int = 1) -> int:
+        """Elements of the weights of one layer's MLP on each of `tp` ranks; of mixtures with that many experts."""
+        one = self.hidden_size * (self.fc1_parts + 1)  # per unit of width
+        if not self.num_experts:
+            return one * self.ffn_hidden_size // tp
+        whole = self.hidden_size * (self.num_experts + self.moe_shared_expert_gate)  # router and gate
+        return one * (experts * self.moe_ffn_hidden_size + self.moe_shared_expert_intermediate_size) // tp + whole
+
+    @property
+    def mlp_sizes(self) -> tuple[int, ...]:
+        """Width of the MLP, or experts of a mixture, width of one and of the shared one, and whether it is gated."""
+        if not self.num_experts:
+            return (self.ffn_hidden_size,)
+        shared = self.moe_shared_expert_intermediate_size, int(self.moe_shared_expert_gate)
+        return self.num_experts, self.moe_ffn_hidden_size, *shared
+
+    @property
+    def widths_cut_by_tp(self) -> dict[str, int]:
+        """Sizes that the tensor parallel size has to divide."""
+        widths = {"attention heads": self.num_attention_heads, "query groups": self.num_query_groups}
+        if not self.num_experts:
+            return {**widths, "ffn_hidden_size rows": self.ffn_hidden_size}
+        shared = self.moe_shared_expert_intermediate_size
+        return {**widths, "rows of an expert": self.moe_ffn_hidden_size} | (
+            {"rows of the shared expert": shared} if shared else {}
+        )
 
     @property
     def gated(self) -> bool:
@@ -170,7 +221,7 @@ class ModelConfig:
             **dict.fromkeys(("add_rmsnorm_offset", "embed_layernorm", "post_norm", "rotary_interleaved",
                              "add_dense_bias", "add_mlp_bias", "input_embeds_norm"), False),
             "scale_emb": 1.0, "scale_depth": 0.0, "dim_model_base": 0, "attn_logit_softcapping": 0.0,
-            "final_logit_softcapping": 0.0,
+            "final_logit_softcapping": 0.0, "num_experts": 0,
         }  # fmt: skip
         return [f"{name} {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
 

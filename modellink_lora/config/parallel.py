@@ -60,20 +60,10 @@ class ParallelConfig:
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError when this layout cannot hold `model`."""
         tp = self.tensor_model_parallel_size
-        for what, size in (
-            ("attention heads", model.num_attention_heads),
-            ("query groups", model.num_query_groups),
-            ("padded vocabulary rows", model.padded_vocab_size),
-            ("ffn_hidden_size rows", model.ffn_hidden_size),
-        ):
+        widths = model.widths_cut_by_tp
+        for what, size in {**widths, "padded vocabulary rows": model.padded_vocab_size}.items():
             if size % tp:
-                divisors = [
-                    d
-                    for d in range(1, 65)
-                    if model.num_attention_heads % d == 0
-                    and model.num_query_groups % d == 0
-                    and model.ffn_hidden_size % d == 0
-                ]
+                divisors = [d for d in range(1, 65) if all(width % d == 0 for width in widths.values())]
                 raise UserError(
                     f"--tensor-model-parallel-size {tp} does not divide the {size} {what} of this model; "
                     f"heads, groups and ffn allow {', '.join(map(str, divisors))}"

@@ -64,7 +64,7 @@ def layout_name(parallel: ParallelConfig, processes: int) -> str:
 def other_layouts(own: ParallelConfig, processes: int, model: ModelConfig) -> list[ParallelConfig]:
     """Layouts of the same processes that this model allows: each kind of parallelism at its most, then mixed."""
     divisors = [n for n in range(1, processes + 1) if processes % n == 0]
-    shared = (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
+    shared = model.widths_cut_by_tp.values()
     tensor = max(n for n in divisors if all(size % n == 0 for size in shared))
     stages = max(n for n in divisors if n <= model.num_layers)
     found = [ParallelConfig(), ParallelConfig(tensor), ParallelConfig(tensor, sequence_parallel=True)]
@@ -75,6 +75,8 @@ def other_layouts(own: ParallelConfig, processes: int, model: ModelConfig) -> li
     if processes % 4 == 0 and tensor % 2 == 0 and stages % 2 == 0:
         found.append(dataclasses.replace(_pipeline(2, model.num_layers), tensor_model_parallel_size=2))
     found.append(dataclasses.replace(own, sequence_parallel=not own.sequence_parallel))
+    if model.num_experts:  # whose tensor ranks must share out the sequence too
+        found = [layout for layout in found if layout.tensor_model_parallel_size == 1 or layout.sequence_parallel]
     distinct = {layout_name(layout, processes): layout for layout in found}
     distinct.pop(layout_name(own, processes), None)
     return list(distinct.values())

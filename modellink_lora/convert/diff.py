@@ -137,7 +137,8 @@ def open_side(path: Path, base: Callable[[], ModelConfig] | None) -> Side:
 
 
 def _model(files: RankFiles) -> Side:
-    title = f"{files.folder}, {files.spelling} names, TP {files.tp}, layers {files.partition.describe()}, {files.dtype}"
+    layout = f"TP {files.tp}, layers {files.partition.describe()}" + f", EP {files.ep}" * (files.ep > 1)
+    title = f"{files.folder}, {files.spelling} names, {layout}, {files.dtype}"
     # a file that does not tell the vocabulary counts its padding as tokens
     known = files.config.vocab_size if isinstance(getattr(files.args, "vocab_size", None), int) else None
     return Side(title, files.names(), files.read, known)

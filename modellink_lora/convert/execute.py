@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from modellink_lora.checkpoint import dtypes
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
 from modellink_lora.checkpoint.outfile import Slot
-from modellink_lora.checkpoint.rank_tree import Spelling, rank_file
+from modellink_lora.checkpoint.rank_tree import Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
@@ -171,6 +172,7 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     keep = source.files if convert.keeps_layout else None
     tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
+    ep = convert.target_expert_parallel_size or (keep.ep if keep else 1)
     per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
     given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
     if keep and not any(given):
@@ -178,17 +180,18 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     else:
         partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
     if convert.target == "hf":
-        tp, partition = 1, Partition.of(layers, 1)
+        tp, partition, ep = 1, Partition.of(layers, 1), 1
         config = dataclasses.replace(source.config, padded_vocab_size=source.config.vocab_size)
         where = f"{convert.save_dir}/{HF_OUTPUT}"
     else:
         config = padded(source.config, tp, convert.make_vocab_size_divisible_by)
         where = f"{convert.save_dir} ({_spelling(convert, source)} names)"
-    check_layout(config, tp)
+        check_spelling(config, _spelling(convert, source))
+    check_layout(config, tp, ep)
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
-    layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype)
+    layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
     total, targets = layout.total_bytes(), _rank_targets(layout)
     if convert.target == "hf":
         targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
@@ -197,14 +200,17 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
         targets=lambda spec: targets[spec.name],
         sources=source.inventory.keys if source.inventory else lambda name: (name,),
         dropped=source.inventory.dropped if source.inventory else {}, total_bytes=total, workers=_workers(convert),
+        ep=ep,
     )  # fmt: skip
 
 
 def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
     """Global name -> every place of it in the rank files."""
     found: dict[str, tuple[str, ...]] = {}
+    stages, ep = layout.partition.stages, layout.ep
     for spec, name, stage, _ in layout.places():
-        folders = (rank_file(Path(), rank, stage, layout.partition.stages).parent for rank in range(layout.tp))
+        holders = itertools.product(range(layout.tp), layout.holders(name))
+        folders = (rank_file(Path(), rank, stage, stages, expert, ep).parent for rank, expert in holders)
         found[spec.name] = found.get(spec.name, ()) + tuple(f"{folder}/{name}" for folder in folders)
     return found
 
@@ -256,7 +262,7 @@ def _write_ranks(
     companions: Path | None,
     check: Callable[[Path], None],
 ) -> Path:
-    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype)
+    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep)
     return write_rank_files(
         Path(convert.save_dir),
         layout,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from modellink_lora.checkpoint.experts import check_expert_parallel
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig, pad_vocab
@@ -48,6 +49,7 @@ class Plan:
     total_bytes: int  # of the tensors written, copies of a tied embedding included
     memory: int  # bytes held at most, beyond the program itself
     dropped: Mapping[str, str]  # things of the source that are not used -> why
+    ep: int = 1
 
     def move(self, name: str) -> Move:
         """The move of the tensor of global name `name`."""
@@ -77,7 +79,8 @@ class Plan:
         total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace(
             "torch.", ""
         )
-        lines = [self.title, *body, f"{total}, TP {self.tp}, layers per stage {self.partition.describe()}"]
+        layout = f"TP {self.tp}, layers per stage {self.partition.describe()}" + f", EP {self.ep}" * (self.ep > 1)
+        lines = [self.title, *body, f"{total}, {layout}"]
         lines += [f"  not used: {what} ({reason})" for what, reason in self._dropped_kinds().items()]
         return "\n".join([*lines, f"  {size(self.total_bytes)} to write, about {size(self.memory)} of memory"])
 
@@ -123,6 +126,7 @@ def make_plan(
     dropped: Mapping[str, str] | None = None,
     total_bytes: int = 0,
     workers: int = 1,
+    ep: int = 1,
 ) -> Plan:
     """The plan of writing a model of `config`.
 
@@ -144,7 +148,7 @@ def make_plan(
     largest = max(torch.Size(move.shape).numel() for move in moves) * dtype.itemsize
     # with an adapter its base's identity is compared, for which one tensor at a time is put together
     memory = workers * (max(map(job_memory, moves))) + (largest if ranks else 0)
-    return Plan(title, config, dtype, tp, partition, moves, total_bytes, memory, dropped or {})
+    return Plan(title, config, dtype, tp, partition, moves, total_bytes, memory, dropped or {}, ep)
 
 
 def job_memory(move: Move) -> int:
@@ -162,15 +166,12 @@ def padded(config: ModelConfig, tp: int, divisible_by: int | None) -> ModelConfi
     return dataclasses.replace(config, padded_vocab_size=rows, make_vocab_size_divisible_by=multiple)
 
 
-def check_layout(config: ModelConfig, tp: int) -> None:
-    """Raise UserError when heads, groups or ffn rows do not divide over `tp` processes."""
-    for what, size in (
-        ("attention heads", config.num_attention_heads),
-        ("query groups", config.num_query_groups),
-        ("ffn rows", config.ffn_hidden_size),
-    ):
+def check_layout(config: ModelConfig, tp: int, ep: int = 1) -> None:
+    """Raise UserError when heads, groups or ffn rows do not divide over `tp` processes, or experts over `ep`."""
+    for what, size in config.widths_cut_by_tp.items():
         if size % tp:
             raise UserError(f"--target-tensor-parallel-size {tp} does not divide the {size} {what} of this model")
+    check_expert_parallel(config, ep)
 
 
 def adapted_ranks(

@@ -161,8 +161,11 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
     document = read_config_json(folder, flag="--save-dir")
     family = family_of(str(document.get("model_type")))
     said, held = family.read_config(document), source.config
+    mlp = ["num_experts", "ffn_hidden_size"]
+    if held.num_experts:  # the width of an MLP without experts is of no tensor then
+        mlp[1:] = ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"]
     for name in (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+        "num_layers", "hidden_size", *mlp, "num_attention_heads", "num_query_groups", "kv_channels",
         "untie_embeddings_and_output_weights", "add_qkv_bias", "add_dense_bias", "add_mlp_bias", "qk_layernorm",
         "normalization", "gated", "embed_layernorm", "post_norm",
     ):  # fmt: skip

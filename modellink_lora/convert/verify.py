@@ -50,11 +50,12 @@ def _pairs(
         return
     tree = open_tree(folder, flag="--save-dir")
     files = as_model(tree, folder.parent, tree.iteration, flag="--save-dir")
-    if (files.tp, files.partition, files.spelling) != (plan.tp, plan.partition, spelling):
+    if (files.tp, files.partition, files.ep, files.spelling) != (plan.tp, plan.partition, plan.ep, spelling):
         raise UserError(f"{folder}: the layout read back is not the one written")
     for move in plan.moves:
         for rank, shard in enumerate(files.stored(move.spec.name).parts):
-            yield f"{move.spec.name} of rank {rank}", shard, transfer.shard(move, rank, plan.tp)
+            for found in (shard, *files.copies(move.spec.name, rank)):
+                yield f"{move.spec.name} of rank {rank}", found, transfer.shard(move, rank, plan.tp)
 
 
 def _digest(blocks: Iterable[Tensor]) -> bytes:

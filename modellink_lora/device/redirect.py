@@ -9,7 +9,7 @@ changed for callers inside megatron.core only. Lines are those of megatron-core 
 |--------------------------------------|-------------------------------------------------------------------------|
 | torch.cuda.current_device            | rotary_pos_embedding.py:162, mappings.py:141, p2p_communication.py:194  |
 | torch.cuda.synchronize, empty_cache  | p2p_communication.py:242, async_utils.py:212                            |
-| torch.cuda streams, events, nvtx     | param_and_grad_buffer.py, timers.py                                     |
+| torch.cuda streams, events, nvtx     | param_and_grad_buffer.py, timers.py, moe/token_dispatcher.py:895        |
 | torch.cuda rng functions, tracker    | tensor_parallel/random.py:235-277, 447-457                              |
 | factories with device="cuda"         | schedules.py:596, clip_grads.py:103, optimizer.py:485                   |
 | Tensor.type() without arguments      | clip_grads.py:167, optimizer.py:671 compare with "torch.cuda.*Tensor"   |
@@ -162,7 +162,10 @@ class _Stream:
 
     def nothing(self, *args: Any, **kwargs: Any) -> None: ...
 
-    wait_stream = wait_event = record_event = synchronize = record = wait = nothing
+    wait_stream = wait_event = synchronize = record = wait = nothing
+
+    def record_event(self, *args: Any, **kwargs: Any) -> _Stream:
+        return self
 
     def query(self) -> bool:
         return True

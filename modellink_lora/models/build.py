@@ -12,6 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from modellink_lora.checkpoint.names import from_module
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.device import Device
 from modellink_lora.models.dropout import Dropout
@@ -120,7 +121,14 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=False,  # a use-after-free on gloo, and worth one activation elsewhere
-        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, although there are no experts
+        num_moe_experts=config.num_experts or None,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size or None,
+        moe_router_topk=config.moe_router_topk,
+        moe_router_pre_softmax=config.moe_router_pre_softmax,
+        moe_router_load_balancing_type="none",
+        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size or None,
+        moe_shared_expert_gate=config.moe_shared_expert_gate,
+        moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, even where there are no experts
     )
     return TransformerConfig(**{**settings, **overrides})
 
@@ -212,7 +220,7 @@ def fill(
     """Copy this rank's shards into every parameter of a chunk. The vocabulary is padded anew for this layout."""
     config = model.model_config
     for local, parameter in model.named_parameters():
-        name = partition.to_global(local, context.pp_rank, chunk)
+        name = from_module(partition.to_global(local, context.pp_rank, chunk))
         if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
         layout = family.tensor(name, config).layout

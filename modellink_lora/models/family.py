@@ -10,12 +10,16 @@ from typing import Any
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.layouts import QKV, Layout, Vocab
 
+_LAYER, _EXPERT = re.compile(r"(?<=decoder\.layers\.)\d+"), re.compile(r"(?<=\.local_experts\.)\d+")
 _BRACES = re.compile(r"\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One Megatron tensor, the Hugging Face tensors it is made of (`{q,k,v}` lists them, `*` = layer), its layout."""
+    """One Megatron tensor, the Hugging Face tensors it is made of (`{q,k,v}` lists them), its layout.
+
+    In names `*` stands for the layer and `#` for the expert.
+    """
 
     name: str
     layout: type[Layout]
@@ -61,16 +65,21 @@ class Family:
         first = [row for row in present if row.name.startswith("embedding.")]
         yield from (_concrete(row, config, None) for row in first)
         for layer in range(config.num_layers):
-            yield from (_concrete(row, config, layer) for row in present if row in per_layer)
+            for row in present:
+                if row in per_layer:
+                    experts = range(config.num_experts) if "#" in row.name else (None,)
+                    yield from (_concrete(row, config, layer, expert) for expert in experts)
         yield from (_concrete(row, config, None) for row in present if row not in per_layer and row not in first)
 
     def tensor(self, name: str, config: ModelConfig) -> TensorSpec:
         """The tensor of global Megatron name `name`; KeyError when this family has none."""
-        pattern = re.sub(r"(?<=decoder\.layers\.)\d+", "*", name)
-        index = re.search(r"decoder\.layers\.(\d+)\.", name)
+        layer, expert = _number(_LAYER, name), _number(_EXPERT, name)
+        pattern = _EXPERT.sub("#", _LAYER.sub("*", name))
+        if expert is not None and expert >= config.num_experts:
+            raise KeyError(name)
         for row in self.rows:
             if row.name == pattern and (row.when is None or getattr(config, row.when)):
-                return _concrete(row, config, int(index.group(1)) if index else None)
+                return _concrete(row, config, layer, expert)
         raise KeyError(name)
 
 
@@ -83,9 +92,15 @@ def bind(layout: type[Layout], config: ModelConfig) -> Layout:
     return layout()
 
 
-def _concrete(row: TensorRow, config: ModelConfig, layer: int | None) -> TensorSpec:
+def _number(pattern: re.Pattern[str], name: str) -> int | None:
+    match = pattern.search(name)
+    return int(match[0]) if match else None
+
+
+def _concrete(row: TensorRow, config: ModelConfig, layer: int | None, expert: int | None = None) -> TensorSpec:
     def fill(text: str) -> str:
-        return text if layer is None else text.replace("*", str(layer))
+        text = text if layer is None else text.replace("*", str(layer))
+        return text if expert is None else text.replace("#", str(expert))
 
     return TensorSpec(fill(row.name), bind(row.layout, config), tuple(fill(name) for name in _expand(row.hf)))
 

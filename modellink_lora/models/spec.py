@@ -15,6 +15,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -177,6 +181,32 @@ class SandwichLayer(TransformerLayer):
         self.mlp_bda.behind(self.post_mlp_layernorm)
 
 
+class Router(TopKRouter):
+    """megatron-core's, whose product needs Transformer Engine although it looks as if it could do without."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, experts], in the model's dtype like the source; the softmax is in fp32."""
+        return F.linear(input, self.weight)
+
+
+def mlp_spec(model: ModelConfig, device: Device) -> ModuleSpec:
+    """The MLP of a layer, or the mixture of experts in its place, each expert such an MLP.
+
+    megatron-core's mixture loops over the experts that a process has, drops no token and keeps no statistics.
+    """
+    gelu = ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
+    parts = MLPSubmodules(
+        linear_fc1=ColumnParallelLinear,
+        activation_func=ModuleSpec(module=Swiglu, params={"device": device}) if model.swiglu else gelu,
+        linear_fc2=RowParallelLinear,
+    )
+    if not model.num_experts:
+        return ModuleSpec(module=MLP, submodules=parts)
+    experts = ModuleSpec(module=SequentialMLP, submodules=parts)
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=parts)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts, shared, Router))
+
+
 def block_spec(
     config: TransformerConfig, model: ModelConfig, device: Device, layers: int, tp_rank: int
 ) -> TransformerBlockSubmodules:
@@ -188,7 +218,6 @@ def block_spec(
     )
     norm = norm_spec(model, device)
     head_norm = norm if config.qk_layernorm else None
-    gelu = ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
     layer = ModuleSpec(
         module=SandwichLayer if model.post_norm else TransformerLayer,
         params={"norm": norm} if model.post_norm else {},
@@ -207,14 +236,7 @@ def block_spec(
             ),
             self_attn_bda=residual,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    activation_func=ModuleSpec(module=Swiglu, params={"device": device}) if model.swiglu else gelu,
-                    linear_fc2=RowParallelLinear,
-                ),
-            ),
+            mlp=mlp_spec(model, device),
             mlp_bda=residual,
         ),
     )

@@ -15,7 +15,7 @@ def lora_step_flops(config: ModelConfig, trainable: int, lengths: list[int]) -> 
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
     frozen = config.num_layers * (
         config.hidden_size * (2 * config.query_width + 2 * config.kv_width)
-        + (config.fc1_parts + 1) * config.hidden_size * config.ffn_hidden_size
+        + config.mlp_weights(config.moe_router_topk)  # of a mixture, the experts that a token is sent to
     )
     frozen += config.vocab_size * config.hidden_size
     attention = 3 * 2 * config.num_layers * config.query_width * squares

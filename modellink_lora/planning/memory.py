@@ -103,7 +103,7 @@ def frozen_elements(plan: Plan, stage: int) -> int:
     m, t = plan.model, plan.tp
     h, q, kv = m.hidden_size, m.query_width // t, m.kv_width // t
     norm, f = h * (1 + m.norm_bias), m.ffn_hidden_size // t
-    one = h * (q + 2 * kv) + q * h + h * f * (m.fc1_parts + 1) + norm * (4 if m.post_norm else 2)
+    one = h * (q + 2 * kv) + q * h + m.mlp_weights(m.num_experts, t) + norm * (4 if m.post_norm else 2)
     one += (q + 2 * kv) * m.add_qkv_bias + 2 * m.kv_channels * m.qk_layernorm
     one += h * m.add_dense_bias + (f * m.fc1_parts + h) * m.add_mlp_bias
     elements = plan.partition.layers_of_stage(stage) * one

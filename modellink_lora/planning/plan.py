@@ -92,7 +92,7 @@ def layouts(work: Workload, machine: Machine, devices: int) -> Iterator[Plan]:
     for tp in _divisors(min(machine.per_host, devices)):
         if machine.per_host % tp and devices > machine.per_host:
             continue  # a host's devices would belong to groups of other hosts
-        if any(size % tp for size in (m.num_attention_heads, m.num_query_groups, m.ffn_hidden_size)):
+        if any(size % tp for size in m.widths_cut_by_tp.values()):
             continue
         model = dataclasses.replace(m, padded_vocab_size=m.padded_for(tp))
         for pp in _divisors(m.num_layers):

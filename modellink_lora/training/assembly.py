@@ -68,6 +68,11 @@ def open_inputs(
     base = open_base(
         train.load, model_flags, tp=context.tp_size, seed=train.seed, use_mcore_models=train.use_mcore_models
     )
+    if base.config.num_experts and context.tp_size > 1 and not context.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {context.tp_size} with a mixture of experts trains with --sequence-parallel "
+            "only: add that flag"
+        )
     lora, adapter = choose_lora(lora_flags, train.lora_load, base)
     if train.dtype == "fp32" and lora.dtype not in (None, "fp32"):
         raise UserError(

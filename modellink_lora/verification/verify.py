@@ -121,11 +121,11 @@ def _own(session: Session, parallel: ParallelConfig, speaks: bool) -> tuple[Trac
     """Run the user's layout; what can be said of it without another."""
     train, name = session.train, layout_name(parallel, dist.get_world_size())
     context, inputs = session.open(parallel, train)
-    differentiable = train.dtype == "fp32" and inputs.lora.dtype in (None, "fp32")
+    obstacle = _no_slope(inputs, train)
     samples = session.data.data_path[0] if session.users_data else "random tokens"
     _progress(f"your layout, {name}: {context.world_size} processes, {train.dtype}, {train.train_iters} steps of "
               f"{inputs.data.batch_size} samples of {samples}", speaks)  # fmt: skip
-    trace = run_layout(inputs, train, context, session.device, own=True, directions=2 if differentiable else 0)
+    trace = run_layout(inputs, train, context, session.device, own=True, directions=0 if obstacle else 2)
     # the guards of training stop a run, and among them compare the bits that replicas hold
     stopped = trace.stopped or ""
     checks = [Check("steps under the guards of training", name, float(bool(stopped)), culprit=stopped)]
@@ -133,12 +133,20 @@ def _own(session: Session, parallel: ParallelConfig, speaks: bool) -> tuple[Trac
         what = f"gradient, direction {number}"
         culprit = f"{found.culprit}, most of all," if found.culprit else ""
         checks.append(Check(what, "finite differences", found.error, slope.ALLOWED, culprit))
-    if not differentiable:
-        why = f"the rounding of {train.dtype} hides small changes of the loss; run once without --{train.dtype}"
-        checks.append(Check("gradient", "finite differences", skipped=why))
+    if obstacle:
+        checks.append(Check("gradient", "finite differences", skipped=obstacle))
     gc.collect()
     checks += _against_peft(session, inputs, context, trace) if speaks else []
     return trace, checks
+
+
+def _no_slope(inputs: Inputs, train: TrainConfig) -> str | None:
+    """Why differences of the loss say nothing about its gradient, or None."""
+    if train.dtype != "fp32" or inputs.lora.dtype not in (None, "fp32"):
+        return f"the rounding of {train.dtype} hides small changes of the loss; run once without --{train.dtype}"
+    if inputs.base.config.num_experts:
+        return "the loss of a mixture of experts jumps where a token changes its experts, however small the step"
+    return None
 
 
 def _against_peft(session: Session, inputs: Inputs, context: ParallelContext, trace: Trace) -> list[Check]:

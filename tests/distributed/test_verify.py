@@ -36,7 +36,7 @@ def gate_and_up_cut_in_one() -> Iterator[None]:
 
 def verify_here(
     *, base: str, against: tuple[str, ...], steps: int, mutant: str | None = None, parallel: Any = TP2_SP,
-    **train: Any,
+    targets: tuple[str, ...] = TARGETS, **train: Any,
 ) -> tuple[bool, str]:  # fmt: skip
     """Verdict and output of a verification in this world, of TP2 with sequence parallelism if nothing else is said."""
     from modellink_lora.config.parallel import ParallelConfig
@@ -49,7 +49,8 @@ def verify_here(
     with planted, redirect_stdout(StringIO()) as output:
         good = verify(
             VerifyConfig(verify_steps=steps, against=against), train=TrainConfig(**train_flags(load=base, **train)),
-            data_flags={"seq_length": 32}, parallel=ParallelConfig(**parallel), model_flags={}, lora_flags=LORA,
+            data_flags={"seq_length": 32}, parallel=ParallelConfig(**parallel), model_flags={},
+            lora_flags={**LORA, "target_modules": targets},
             device=get_device("cpu"), torch_device=torch.device("cpu"),
         )  # fmt: skip
     return good, output.getvalue()

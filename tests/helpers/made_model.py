@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Of a Llama-like model."""
+    """Of a Llama-like model; `experts` make it a mixture (family mixtral or qwen2_moe, whose shared one has 2 ffn)."""
 
     layers: int = 2
     heads: int = 4
@@ -24,6 +24,7 @@ class Dimensions:
     tied: bool = False
     dtype: torch.dtype = torch.float32
     family: str = "llama"
+    experts: int = 0
 
 
 def made_model(folder: Path, size: Dimensions, *, seed: int = 0) -> Path:
@@ -66,13 +67,31 @@ def shapes(size: Dimensions) -> dict[str, tuple[int, ...]]:
             for name, shape in {
                 "input_layernorm": (h,), "post_attention_layernorm": (h,), "self_attn.q_proj": (q, h),
                 "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
-                "mlp.gate_proj": (size.ffn, h), "mlp.up_proj": (size.ffn, h), "mlp.down_proj": (h, size.ffn),
+                **_mlp_shapes(size),
             }.items()
         }  # fmt: skip
-        if size.family == "qwen2":
+        if size.family in ("qwen2", "qwen2_moe"):
             rows = {"q": q, "k": kv, "v": kv}
             found |= {f"model.layers.{layer}.self_attn.{p}_proj.bias": (rows[p],) for p in rows}
     return found
+
+
+def _mlp_shapes(size: Dimensions) -> dict[str, tuple[int, ...]]:
+    def mlp(at: str, gate: str, up: str, down: str, width: int) -> dict[str, tuple[int, ...]]:
+        h = size.hidden
+        return {f"{at}.{gate}": (width, h), f"{at}.{up}": (width, h), f"{at}.{down}": (h, width)}
+
+    names = ("gate_proj", "up_proj", "down_proj")
+    if not size.experts:
+        return mlp("mlp", *names, size.ffn)
+    found: dict[str, tuple[int, ...]] = {}
+    block, linears = ("block_sparse_moe", ("w1", "w3", "w2")) if size.family == "mixtral" else ("mlp", names)
+    for expert in range(size.experts):
+        found |= mlp(f"{block}.experts.{expert}", *linears, size.ffn)
+    if size.family == "qwen2_moe":
+        found |= mlp("mlp.shared_expert", *names, 2 * size.ffn)
+        found["mlp.shared_expert_gate"] = (1, size.hidden)
+    return {**found, f"{block}.gate": (size.experts, size.hidden)}
 
 
 def _write_config(folder: Path, size: Dimensions) -> None:
@@ -83,4 +102,7 @@ def _write_config(folder: Path, size: Dimensions) -> None:
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": size.tied, "hidden_act": "silu", "torch_dtype": str(size.dtype).removeprefix("torch."),
     }  # fmt: skip
+    if size.experts:
+        config |= {"num_experts": size.experts, "num_local_experts": size.experts, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": size.ffn, "shared_expert_intermediate_size": 2 * size.ffn}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))

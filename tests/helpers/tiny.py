@@ -10,6 +10,7 @@ import torch
 VOCAB = 259  # 256 bytes + 3 special tokens; odd, so that every padding rule is exercised
 SPECIAL = ("<pad>", "<s>", "</s>")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "glm", "glm4", "bloom")
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # what makes a family's peculiarity visible in a tiny model
 PECULIAR: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},  # not hidden / heads
@@ -19,6 +20,10 @@ PECULIAR: dict[str, dict[str, Any]] = {
                "attn_logit_softcapping": 1.5, "final_logit_softcapping": 1.0},
     "glm": {"head_dim": 16, "rms_norm_eps": 1e-5},
     "glm4": {"head_dim": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+                  "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 32},
 }  # fmt: skip
 
 

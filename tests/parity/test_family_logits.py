@@ -39,6 +39,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {}),
     "glm4-0414": ("glm4", {}),
     "bloom": ("bloom", {"tied": True, "std": 0.15}),  # wide enough to tell one GELU from the other
+    "mixtral": ("mixtral", {}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-normed": ("qwen3_moe", {"norm_topk_prob": True, "tied": True}),
     "bloom-12-heads": ("bloom", {"num_attention_heads": 12, "hidden_size": 96}),
 }
 LAYOUTS = {
@@ -129,6 +133,12 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("minicpm", {"dim_model_base": 0}),
     ("llama-biases", {"add_mlp_bias": False}),
     ("llama-biases", {"add_dense_bias": False}),
+    ("mixtral", {"moe_router_pre_softmax": True}),
+    ("mixtral", {"moe_router_topk": 3}),
+    ("qwen2-moe", {"moe_router_pre_softmax": False}),
+    ("qwen2-moe", {"moe_shared_expert_gate": False}),
+    ("qwen2-moe", {"moe_shared_expert_gate": False, "moe_shared_expert_intermediate_size": 0}),
+    ("qwen3-moe", {"qk_layernorm": False}),
 )
 
 

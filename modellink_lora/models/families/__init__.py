@@ -16,16 +16,23 @@ from modellink_lora.models.families.internlm import INTERNLM, INTERNLM2
 from modellink_lora.models.families.llama import LLAMA
 from modellink_lora.models.families.minicpm import MINICPM
 from modellink_lora.models.families.mistral import MISTRAL
+from modellink_lora.models.families.mixtral import MIXTRAL
 from modellink_lora.models.families.qwen import QWEN
 from modellink_lora.models.families.qwen2 import QWEN2
 from modellink_lora.models.families.qwen3 import QWEN3
+from modellink_lora.models.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from modellink_lora.models.family import Family
 from modellink_lora.models.shapes import tensor_names
 
 FAMILIES = (
     LLAMA, MISTRAL, QWEN, QWEN2, QWEN3, BAICHUAN, CHATGLM, GLM, GLM4, INTERNLM, INTERNLM2, GEMMA, GEMMA2, BLOOM,
-    MINICPM, INDEX,
+    MINICPM, INDEX, MIXTRAL, QWEN2_MOE, QWEN3_MOE,
 )  # fmt: skip
+_LATENT = "has latent attention (MLA), yarn positions and dense first layers, which no model here has"
+_NOT_OFFERED = {  # names that launch scripts and config.json use -> why there is no family of them
+    **dict.fromkeys(("deepseek2", "deepseek2-lite", "deepseek_v2"), _LATENT),
+    "minicpm-moe": "has MiniCPM's scaled branches around experts, which no model here has",
+}
 
 # What tells the family of a checkpoint that does not name it: a ModelConfig field, its telling value, a model_type.
 _SIGNS: tuple[tuple[str, Any, str], ...] = (
@@ -48,6 +55,7 @@ def family_of(hf_model_type: str) -> Family:
     for family in FAMILIES:
         if hf_model_type in family.hf_model_types:
             return family
+    _refuse(hf_model_type, "config.json: model_type")
     known = ", ".join(name for family in FAMILIES for name in family.hf_model_types)
     raise UserError(f"config.json: model_type {hf_model_type!r} is not supported; supported are {known}")
 
@@ -57,14 +65,23 @@ def family_named(model_type_hf: str) -> Family:
     for family in FAMILIES:
         if model_type_hf in family.spellings:
             return family
+    _refuse(model_type_hf, "--model-type-hf")
     known = ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.spellings))
     raise UserError(f"--model-type-hf {model_type_hf} is not supported; supported are {known}")
+
+
+def _refuse(name: str, where: str) -> None:
+    if name in _NOT_OFFERED:
+        raise UserError(f"{where} {name} is not supported: it {_NOT_OFFERED[name]}")
 
 
 def guess_model_type(fields: Mapping[str, Any]) -> str:
     """A `model_type` whose family has the tensors of a model of which these ModelConfig fields are known."""
     if fields.get("post_norm") and fields.get("add_qkv_bias"):
         return GLM4.hf_model_types[0]
+    if fields.get("num_experts"):
+        shared, normed = fields.get("moe_shared_expert_intermediate_size"), fields.get("qk_layernorm")
+        return (QWEN2_MOE if shared else QWEN3_MOE if normed else MIXTRAL).hf_model_types[0]
     for name, telling, model_type in _SIGNS:
         value = fields.get(name)
         if value and (telling is None or value == telling):

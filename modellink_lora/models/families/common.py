@@ -101,6 +101,35 @@ QK_NORM_ROWS = tuple(
     for x in ("q", "k")
 )
 
+
+def expert_rows(router: str, expert: str, gate_up: str, down: str, shared: str | None = None) -> tuple[TensorRow, ...]:
+    """Rows of a mixture of experts in place of the MLP's.
+
+    Args:
+        router, expert, shared: modules below a layer, `#` in `expert` for its number.
+        gate_up, down: linears of an expert.
+    """
+    ours = _MEGATRON + "mlp.experts.local_experts.#."
+    found = [TensorRow(_MEGATRON + "mlp.router.weight", Replicated, f"{_HF}{router}.weight")]
+    found += [
+        TensorRow(ours + "linear_fc1.weight", GateUp, f"{_HF}{expert}.{gate_up}.weight"),
+        TensorRow(ours + "linear_fc2.weight", Row, f"{_HF}{expert}.{down}.weight"),
+    ]
+    if shared:
+        one, gate = _MEGATRON + "mlp.shared_experts.", _MEGATRON + "mlp.shared_expert_gate.weight"
+        found += [
+            TensorRow(one + "linear_fc1.weight", GateUp, f"{_HF}{shared}.{gate_up}.weight"),
+            TensorRow(one + "linear_fc2.weight", Row, f"{_HF}{shared}.{down}.weight"),
+            TensorRow(gate, Replicated, f"{_HF}{shared}_gate.weight", when="moe_shared_expert_gate"),
+        ]
+    return tuple(found)
+
+
+def without_mlp(rows: tuple[TensorRow, ...]) -> tuple[TensorRow, ...]:
+    """The rows of a family whose MLPs are all mixtures of experts."""
+    return tuple(row for row in rows if not row.name.startswith(_MEGATRON + "mlp."))
+
+
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Values that transformers' PretrainedConfig and the four config classes take when config.json leaves the key out.
 _ABSENT = {

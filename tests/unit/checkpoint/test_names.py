@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modellink_lora.checkpoint.names import TARGETS, from_legacy, mcore_target, to_legacy
+from modellink_lora.checkpoint.names import TARGETS, from_legacy, from_module, mcore_target, to_legacy
 
 NAMES = [
     "embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight",
@@ -38,3 +38,8 @@ def test_published_legacy_names() -> None:
 def test_unknown_names_are_an_error(path: tuple[str, ...]) -> None:
     with pytest.raises(KeyError):
         from_legacy(path)
+
+
+def test_a_shared_experts_gate_goes_by_its_name_in_files() -> None:
+    name = "decoder.layers.3.mlp.shared_expert_gate.weight"
+    assert from_module("decoder.layers.3.mlp.shared_experts.gate_weight") == from_module(name) == name

@@ -42,6 +42,12 @@ def test_sizes_that_are_left_out_follow_from_the_others() -> None:
         ({"input_embeds_norm": True, "scale_emb": 2.0}, "--input-embeds-norm together with --scale-emb"),
         ({"normalize_head": True}, "a normalized output layer that is also the embedding"),
         ({"final_logit_softcapping": -1.0}, "a negative scale or soft cap"),
+        ({"num_experts": 4, "swiglu": False}, "experts without --swiglu"),
+        ({"num_experts": 4, "add_mlp_bias": True}, "experts without --swiglu, or with MLP biases"),
+        ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3 of 2 experts"),
+        ({"num_experts": 2, "moe_router_topk": 1}, "--moe-router-topk 1 without --moe-router-pre-softmax"),
+        ({"moe_ffn_hidden_size": 64}, "without --num-experts"),
+        ({"num_experts": 2, "moe_shared_expert_gate": True}, "--moe-shared-expert-gate without"),
     ],
 )
 def test_models_that_cannot_be_run_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -78,6 +84,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_layernorm": True},
     "gemma2": {"swiglu": False, "geglu": True, "post_norm": True, "add_rmsnorm_offset": True},
     "internlm": {"add_qkv_bias": True, "add_dense_bias": True},
+    "mixtral": {"num_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 40,
+                  "moe_shared_expert_gate": True, "add_qkv_bias": True},
     "bloom": {"normalization": "LayerNorm", "swiglu": False, "position_embedding_type": "alibi", "add_qkv_bias": True,
               "embed_layernorm": True, "add_dense_bias": True, "add_mlp_bias": True},
 }  # fmt: skip

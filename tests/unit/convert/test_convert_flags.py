@@ -67,8 +67,8 @@ def test_the_older_spelling_keeps_the_sources_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag, words", [
-    (["--target-expert-parallel-size", "2"], "mixture-of-experts"),
-    (["--moe-grouped-gemm"], "mixture-of-experts"),
+    (["--num-experts", "8"], "is read from config.json"),
+    (["--moe-grouped-gemm"], "experts are written one by one"),
 ])  # fmt: skip
 def test_what_this_version_cannot_do_is_refused(
     flag: list[str], words: str, capsys: pytest.CaptureFixture[str]

@@ -27,6 +27,7 @@ FEW = settings(
 @st.composite
 def sizes(draw: st.DrawFn) -> Dimensions:
     groups = draw(st.sampled_from([1, 2, 4]))
+    family = draw(st.sampled_from(["llama", "qwen2", "mixtral", "qwen2_moe"]))
     return Dimensions(
         layers=draw(st.sampled_from([2, 4])),
         heads=groups * draw(st.sampled_from([1, 2, 3])),
@@ -37,7 +38,8 @@ def sizes(draw: st.DrawFn) -> Dimensions:
         vocab=draw(st.integers(5, 40)),
         tied=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        family=draw(st.sampled_from(["llama", "qwen2"])),
+        family=family,
+        experts=draw(st.sampled_from([2, 4, 6])) if family in ("mixtral", "qwen2_moe") else 0,
     )
 
 
@@ -52,7 +54,10 @@ def layouts(draw: st.DrawFn, size: Dimensions) -> dict[str, Any]:
         "list": {"target_pipeline_parallel_size": 2, "num_layer_list": f"1,{size.layers - 1}"},
         "interleaved": {"target_pipeline_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
     }[kind]
-    spelling = draw(st.sampled_from([{"use_mcore_models": True}, {"save_to_legacy": True}]))
+    spelling: dict[str, Any] = draw(st.sampled_from([{"use_mcore_models": True}, {"save_to_legacy": True}]))
+    if size.experts:
+        divisors = [ep for ep in (1, 2, 3, 4) if size.experts % ep == 0]
+        spelling = {"use_mcore_models": True, "target_expert_parallel_size": draw(st.sampled_from(divisors))}
     padding = draw(st.sampled_from([{}, {"make_vocab_size_divisible_by": 8}]))
     workers = {"workers": draw(st.sampled_from([1, 3]))}
     return {"target_tensor_parallel_size": tp, **stages, **spelling, **padding, **workers}

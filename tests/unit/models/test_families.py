@@ -181,6 +181,11 @@ def test_the_model_type_guessed_from_settings_has_their_tensors(family: Any) -> 
     ("qwen3", {"attention_bias": True}, "attention_bias"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
+    ("qwen2_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+    ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window True"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
+    ("qwen3_moe", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ("qwen3_moe", {"num_experts": 0}, "num_experts"),
 ])  # fmt: skip
 def test_what_the_model_does_not_compute_is_refused_by_key(model_type: str, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=r"config.json") as error:
@@ -219,6 +224,8 @@ def test_the_names_of_older_launch_scripts_are_known() -> None:
         "qwen",
         "internlm2",
         "minicpm",
+        "mixtral",
+        "qwen2-moe",
     ):
         family_named(name)
 
@@ -228,8 +235,40 @@ def test_another_family_name_is_a_contradiction() -> None:
         check_name("qwen3", family_of("llama"), where="config.json")
     with pytest.raises(UserError, match=r"llama2 contradicts config.json"):
         check_name("llama2", family_of("bloom"), where="config.json")
-    with pytest.raises(UserError, match="mixtral is not supported"):
+    with pytest.raises(UserError, match=r"mixtral contradicts config.json"):
         check_name("mixtral", family_of("llama"), where="config.json")
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek2-lite", "minicpm-moe"])
+def test_names_that_scripts_use_for_models_that_are_not_here_are_told_why(name: str) -> None:
+    with pytest.raises(UserError, match=rf"--model-type-hf {name} is not supported: it has"):
+        family_named(name)
+
+
+def test_deepseeks_config_is_told_why() -> None:
+    with pytest.raises(UserError, match=r"model_type deepseek_v2 is not supported: it has latent attention"):
+        family_of("deepseek_v2")
+
+
+def test_the_router_of_a_mixture_is_read() -> None:
+    mixtral = read("mixtral", num_local_experts=4, sliding_window=64)
+    assert (mixtral.num_experts, mixtral.moe_router_topk, mixtral.moe_router_pre_softmax) == (4, 2, False)
+    assert (mixtral.moe_ffn_hidden_size, mixtral.rotary_base, mixtral.exact_length) == (128, 1e6, 64)
+    qwen2 = read("qwen2_moe")
+    assert (qwen2.num_experts, qwen2.moe_ffn_hidden_size, qwen2.moe_shared_expert_intermediate_size) == (60, 1408, 5632)
+    assert qwen2.add_qkv_bias and qwen2.moe_router_pre_softmax and qwen2.moe_shared_expert_gate
+    assert not read("qwen2_moe", norm_topk_prob=True).moe_router_pre_softmax
+    assert not read("qwen2_moe", qkv_bias=False).add_qkv_bias
+    assert read("qwen3_moe", num_experts=16).num_experts == read("qwen3_moe", num_local_experts=16).num_experts == 16
+
+
+def test_an_experts_tensor_goes_by_its_number() -> None:
+    config, family = read("mixtral"), family_of("mixtral")
+    name = "decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight"
+    experts = "model.layers.1.block_sparse_moe.experts."
+    assert family.tensor(name, config).hf == (f"{experts}7.w1.weight", f"{experts}7.w3.weight")
+    with pytest.raises(KeyError):
+        family.tensor(name.replace("7", "8"), config)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -78,3 +78,9 @@ def test_padding_of_the_vocabulary_and_of_samples_is_no_work() -> None:
     padded = dataclasses.replace(CONFIG, padded_vocab_size=4096)
     assert lora_step_flops(padded, 100, LENGTHS) == lora_step_flops(CONFIG, 100, LENGTHS)
     assert lora_step_flops(CONFIG, 100, [64]) > lora_step_flops(CONFIG, 100, [32, 32]), "attention is quadratic"
+
+
+def test_of_a_mixture_the_experts_of_a_token_and_the_router_count() -> None:
+    mixture = dataclasses.replace(CONFIG, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=48)
+    router = 4 * CONFIG.num_layers * CONFIG.hidden_size * 8 * sum(LENGTHS)
+    assert lora_step_flops(mixture, 100, LENGTHS) == lora_step_flops(CONFIG, 100, LENGTHS) + router

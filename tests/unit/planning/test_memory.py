@@ -71,6 +71,14 @@ def test_pipeline_stages_hold_their_own_layers_and_ends() -> None:
     assert frozen_elements(plan(model=tied), 0) == tied.parameter_count()
 
 
+def test_a_mixtures_experts_are_cut_over_tensor_ranks_and_its_router_is_not() -> None:
+    sizes = {"moe_ffn_hidden_size": 512, "moe_shared_expert_intermediate_size": 1024, "moe_shared_expert_gate": True}
+    mixture = dataclasses.replace(MODEL, num_experts=16, add_qkv_bias=True, **sizes)
+    assert frozen_elements(plan(model=mixture), 0) == mixture.parameter_count()
+    whole = 8 * (1024 * (16 + 1) + 2 * 1024) + 1024  # routers, gates, norms
+    assert 2 * frozen_elements(plan(model=mixture, tp=2), 0) == mixture.parameter_count() + whole
+
+
 def test_the_distributed_optimizer_shares_masters_and_moments_only() -> None:
     alone, shared = memory(dp=8), memory(dp=8, distributed_optimizer=True)
     assert shared["masters and moments"] == alone["masters and moments"] // 8
