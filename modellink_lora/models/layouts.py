@@ -166,7 +166,7 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
 
     Hugging Face and Megatron rotate row i together with row i + d/2, Meta's code and llama.cpp rows 2 i and 2 i + 1.
     """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _block(full: Tensor, dim: int, rank: int, size: int) -> Tensor:

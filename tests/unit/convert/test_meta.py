@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -150,6 +151,23 @@ def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.Mon
         convert(made_model(tmp_path / "other", Dimensions(hidden=16, vocab=24), seed=1), out, to="meta",
                 overwrite=True, verify=True)  # fmt: skip
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_half_a_replacement_has_no_params_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, out = made_model(tmp_path / "hf", Dimensions(hidden=16, vocab=24)), tmp_path / "out"
+    convert(hf, out, to="meta", target_tensor_parallel_size=2)
+    move, moved = os.replace, []
+
+    def first_only(source: Path, target: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target.name)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        convert(hf, out, to="meta", target_tensor_parallel_size=2, overwrite=True)
+    assert {path.name for path in out.iterdir()} == set(moved) and moved[0].startswith("consolidated")
 
 
 @pytest.mark.parametrize("hidden, ffn, expected", [
