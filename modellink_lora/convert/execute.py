@@ -18,6 +18,7 @@ import torch
 from modellink_lora.checkpoint import dtypes
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
+from modellink_lora.checkpoint.meta import MetaLayout
 from modellink_lora.checkpoint.outfile import Slot
 from modellink_lora.checkpoint.rank_tree import Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
@@ -25,6 +26,7 @@ from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
+from modellink_lora.convert.meta import meta_notes, meta_taken, meta_tokenizer, write_meta_folder
 from modellink_lora.convert.plan import Move, Plan, adapted_ranks, check_layout, job_memory, make_plan, padded, size
 from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
@@ -87,6 +89,9 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             f"no config.json in {convert.load_dir}/hf or {convert.save_dir}: put the config.json and tokenizer files "
             "of the original Hugging Face model into --save-dir"
         )
+    if convert.target == "meta":
+        for note in meta_notes(plan, meta_tokenizer(companions)):
+            say(f"note: {note}")
     say(check_space(Path(convert.save_dir), plan.total_bytes))
     if convert.dry_run:
         say("dry run: nothing was written")
@@ -102,11 +107,14 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             if convert.verify:
                 say(verify(temporary, plan, transfer, spelling=_spelling(convert, source)))
 
-        folder = (
-            _write_hf(convert, plan, transfer, companions, check)
-            if convert.target == "hf" and companions is not None
-            else _write_ranks(convert, plan, transfer, source, companions, check)
-        )
+        if convert.target == "hf" and companions is not None:
+            folder = _write_hf(convert, plan, transfer, companions, check)
+        elif convert.target == "meta":
+            folder = write_meta_folder(
+                save, plan, transfer, tokenizer=meta_tokenizer(companions), workers=_workers(convert), check=check
+            )
+        else:
+            folder = _write_ranks(convert, plan, transfer, source, companions, check)
         seconds = written[0] - begin
         if adapter:
             report = MergeReport.of(transfer.changes, plan, adapter)
@@ -152,10 +160,11 @@ def _check_free(convert: ConvertConfig, source: Source) -> None:
     if convert.overwrite:
         return
     save = Path(convert.save_dir)
-    taken = save / HF_OUTPUT if convert.target == "hf" else iteration_folder(save, _iteration(source))
-    other = convert.target == "mg" and (save / TRACKER).exists()
-    if taken.exists() or other:
-        there = taken if taken.exists() else save / TRACKER
+    places: dict[str, list[Path | None]] = {
+        "hf": [save / HF_OUTPUT], "meta": [meta_taken(save)],
+        "mg": [iteration_folder(save, _iteration(source)), save / TRACKER],
+    }  # fmt: skip
+    if there := next((place for place in places[convert.target] if place and place.exists()), None):
         raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
 
 
@@ -179,10 +188,10 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
         partition = keep.partition
     else:
         partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
-    if convert.target == "hf":
-        tp, partition, ep = 1, Partition.of(layers, 1), 1
+    if convert.target in ("hf", "meta"):
+        tp, partition, ep = convert.target_tensor_parallel_size or 1, Partition.of(layers, 1), 1
         config = dataclasses.replace(source.config, padded_vocab_size=source.config.vocab_size)
-        where = f"{convert.save_dir}/{HF_OUTPUT}"
+        where = f"{convert.save_dir}/{HF_OUTPUT}" if convert.target == "hf" else f"{convert.save_dir} (Meta's format)"
     else:
         config = padded(source.config, tp, convert.make_vocab_size_divisible_by)
         where = f"{convert.save_dir} ({_spelling(convert, source)} names)"
@@ -191,8 +200,13 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
-    layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
-    total, targets = layout.total_bytes(), _rank_targets(layout)
+    if convert.target == "meta":
+        meta = MetaLayout(config, tp, dtype)
+        meta.check()
+        total, targets = meta.total_bytes(), meta.places()
+    else:
+        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
+        total, targets = layout.total_bytes(), _rank_targets(layout)
     if convert.target == "hf":
         targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
     return make_plan(

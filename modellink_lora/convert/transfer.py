@@ -33,14 +33,15 @@ class Transfer:
     def part(self, move: Move, number: int) -> Iterator[Tensor]:
         """Blocks of the Hugging Face tensor `move.spec.hf[number]`."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.split(full)[number])
+        return self.blocks(move, lambda full: layout.split(full)[number])
 
     def shard(self, move: Move, rank: int, size: int) -> Iterator[Tensor]:
         """Blocks of one shard; shards are merged on their own, which gives the same bits and does no work twice."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.shard(full, rank, size))
+        return self.blocks(move, lambda full: layout.shard(full, rank, size))
 
-    def _blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """Blocks of what `pick` takes from the full tensor: any rows, or columns where the layout cuts these."""
         stored = self.stored(move.spec.name)
         dimensions = stored.parts[0].dim()
         sizes = [part.shape[cut_dimension(move.spec.layout, dimensions)] for part in stored.parts]
