@@ -18,7 +18,6 @@ _EXPERTS = "mixture-of-experts models are not available in this version; leave t
 REFUSED = {
     "moe-grouped-gemm": _EXPERTS,
     "num-experts": _EXPERTS,
-    "spec": "layers are built from the model family; --model-type-hf and config.json choose it",
 }
 ACCEPTED = {
     "model-type": only("GPT", "only GPT models can be converted"),
@@ -30,6 +29,7 @@ ACCEPTED = {
     "max-queue-size": Accepted(1, "there is no queue: one process reads and writes"),
     "megatron-path": Accepted(1, "no Megatron source tree is needed"),
     "no-checking": Accepted(0, "names and shapes are always checked"),
+    "spec": Accepted("+", "the model's family says which tensors there are, and the files must hold exactly those"),
 }
 
 

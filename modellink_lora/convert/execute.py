@@ -31,7 +31,7 @@ from modellink_lora.convert.transfer import Transfer
 from modellink_lora.convert.verify import verify
 from modellink_lora.parallel.partition import Partition
 
-HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
+HF_OUTPUT, HF_OUTPUT_LINK = "mg2hg", "mg2hf"  # folder below --save-dir that scripts expect, and its other name
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Say = Callable[[str], None]
@@ -43,6 +43,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
+    for name, reason in convert.without_effect.items():
+        say(f"{name} has no effect: {reason}")
     if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
@@ -107,6 +109,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             else _write_ranks(convert, plan, transfer, source, companions, check)
         )
         seconds = written[0] - begin
+        if convert.target == "hf":
+            _link_other_name(folder, say)
         if adapter:
             report = MergeReport.of(transfer.changes, plan, adapter)
             path = Path(convert.merge_report or save / "merge_report.json")
@@ -118,6 +122,17 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             say(f"what changed in each weight: {path}")
     say(f"wrote {folder}: {size(plan.total_bytes)} in {seconds:.1f} s, {size(plan.total_bytes / seconds)}/s")
     return folder
+
+
+def _link_other_name(folder: Path, say: Say) -> None:
+    """ModelLink's code says `mg2hf` where its documents say `mg2hg`: scripts that look there find the result too."""
+    link = folder.with_name(HF_OUTPUT_LINK)
+    if link.exists() and not link.is_symlink():
+        say(f"note: {link} is something else and stays as it is; the result is {folder}")
+        return
+    with contextlib.suppress(OSError):  # some file systems have no links
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
 
 
 def check_space(save: Path, needed: int) -> str:
@@ -171,7 +186,8 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     keep = source.files if convert.keeps_layout else None
     tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
-    per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
+    per_chunk = None if convert.tells_interleaving else convert.num_layers_per_virtual_pipeline_stage
+    layers = source.config.num_layers
     given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
     if keep and not any(given):
         partition = keep.partition
