@@ -167,7 +167,8 @@ class ConvertConfig:
     def tells_interleaving(self) -> bool:
         """Whether --num-layers-per-virtual-pipeline-stage is about the source, as the older spelling's loader has it."""
         to_one = self.target == "hf" or self.target_pipeline_parallel_size == 1
-        return self.keeps_layout and to_one and self.num_layers_per_virtual_pipeline_stage is not None
+        older = self.keeps_layout and self.source == "mg"
+        return older and to_one and self.num_layers_per_virtual_pipeline_stage is not None
 
     @property
     def layer_list(self) -> tuple[int, ...] | None:

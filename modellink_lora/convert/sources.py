@@ -137,8 +137,9 @@ def open_source(convert: ConvertConfig) -> Source:
 
 
 def _check_interleaving(convert: ConvertConfig, source: Source) -> None:
-    if not convert.tells_interleaving or source.files is None:
+    if not convert.tells_interleaving:
         return
+    assert source.files is not None
     said, where = convert.num_layers_per_virtual_pipeline_stage, source.files.partition
     if where.chunks == 1 or {*where.counts} != {said}:
         raise UserError(
