@@ -95,7 +95,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {  # its conf
          "max_position_embeddings": 4096, "num_attention_heads": 40, "num_hidden_layers": 60,
          "num_key_value_heads": 40, "rms_norm_eps": 1e-6, "vocab_size": 103168,
          "rotary": {"base": 10000, "type": "dynamic"}},
-        20_087_572_480, {"add_qkv_bias": False, "exact_length": 4096, "rotary_base": 1e4}),
+        20_088_714_240, {"add_qkv_bias": False, "exact_length": 4096, "rotary_base": 1e4}),
     "Baichuan2-7B": (
         {**_BAICHUAN, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
          "num_attention_heads": 32, "num_hidden_layers": 32, "vocab_size": 125696, "z_loss_weight": 0},
