@@ -106,12 +106,19 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def namespace(
-    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int
-) -> argparse.Namespace:
-    """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides."""
+    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int,
+    complete: bool = True,
+) -> argparse.Namespace:  # fmt: skip
+    """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides.
+
+    Args:
+        complete: whether all of `config` can be relied on. Without, padding may be counted as vocabulary too.
+    """
     uneven = len(set(partition.counts)) > 1
-    values = dataclasses.asdict(config) | {
-        COMPLETE: 1,
+    whole = {COMPLETE: 1} if complete else {}
+    if not complete and config.vocab_size == config.padded_vocab_size:
+        whole["vocab_size"] = None
+    values = dataclasses.asdict(config) | whole | {
         "params_dtype": dtype,
         "bf16": dtype == DTYPES["bf16"],
         "fp16": dtype == DTYPES["fp16"],

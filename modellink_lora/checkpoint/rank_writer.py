@@ -43,6 +43,7 @@ class RankLayout:
     partition: Partition
     spelling: Spelling
     dtype: torch.dtype
+    complete: bool = True  # whether every setting in `config` is known, or some may be defaults of another program
 
     @property
     def tied_copy(self) -> bool:
@@ -141,7 +142,7 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, iteration: i
     """A rank file with everything in it but the values of its tensors."""
     args = megatron_args.namespace(
         layout.config, tp=layout.tp, partition=layout.partition, legacy=layout.spelling == "legacy",
-        dtype=layout.dtype, iteration=iteration,
+        dtype=layout.dtype, iteration=iteration, complete=layout.complete,
     )  # fmt: skip
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]

@@ -61,6 +61,11 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             notes.append(f"{convert.load_dir} holds a base and an adapter: the adapter is merged")
         elif Path(convert.lora_load).resolve() != source.files.root.resolve():
             notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
+    if convert.target == "mg" and not source.is_known(convert):
+        notes.append(
+            f"{convert.load_dir} does not tell its vocabulary and rotary settings for certain, and the result will not "
+            "either: give them by flags as before, or put the model's config.json into --save-dir and convert again"
+        )
     adapter = open_merge(convert, lora_flags, lambda: source.config)
     if convert.verify_logits is not None and adapter is None:
         raise UserError(
@@ -272,7 +277,10 @@ def _write_ranks(
     companions: Path | None,
     check: Callable[[Path], None],
 ) -> Path:
-    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype)
+    known, config = source.is_known(convert), plan.config
+    if not known and source.config.vocab_size == source.config.padded_vocab_size:  # padding of who knows how many tokens
+        config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
+    layout = RankLayout(config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, known)
     return write_rank_files(
         Path(convert.save_dir),
         layout,

@@ -88,6 +88,10 @@ class Source:
 
         return stored
 
+    def is_known(self, convert: ConvertConfig) -> bool:
+        """Whether all settings of `config` are, from config.json or from files of this program."""
+        return self.files is None or names_its_model(self.files.args) or self.companions(convert) is not None
+
     def companions(self, convert: ConvertConfig) -> Path | None:
         """Folder with config.json and tokenizer files of this model, if there is one."""
         assert convert.load_dir is not None

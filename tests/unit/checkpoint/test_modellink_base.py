@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from modellink_lora.checkpoint.rank_files import open_rank_files
+from modellink_lora.config.errors import UserError
 from tests.golden import modellink_base
 from tests.golden.modellink_base import BLOOM, GEMMA2, LLAMA
 from tests.helpers.conversion import convert, hf_tensors
@@ -94,6 +96,26 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     said = convert(root, tmp_path / "out", to="mg", dry_run=True)
     for what in ("*._extra_state", "optimizer", "opt_param_scheduler", "rng_state"):
         assert f"not used: {what} (" in said
+
+
+def test_what_modellink_did_not_store_is_not_settled_by_resharding(tmp_path: Path) -> None:
+    """Its converter reads no rope_theta and no vocabulary: flags must still be able to say them afterwards."""
+    hf = made_model(tmp_path / "source", PLAIN)
+    root = write(tmp_path / "theirs", hf, LLAMA, 4, 2, legacy=True, tp=2)
+    said = convert(root, tmp_path / "again", to="mg", make_vocab_size_divisible_by=32)
+    assert "does not tell its vocabulary and rotary settings for certain" in said
+    config = open_rank_files(tmp_path / "again", model_flags={"rotary_base": 5e5, "vocab_size": 19}).config
+    assert (config.rotary_base, config.vocab_size, config.padded_vocab_size) == (5e5, 19, 32)
+    assert open_rank_files(tmp_path / "again").config.vocab_size == 32
+    # with its config.json everything is known, and a flag that says otherwise contradicts
+    (tmp_path / "known").mkdir()
+    document = json.loads((hf / "config.json").read_text())
+    (tmp_path / "known/config.json").write_text(json.dumps({**document, "rope_theta": 5e5}))
+    assert "for certain" not in convert(root, tmp_path / "known", to="mg")
+    config = open_rank_files(tmp_path / "known").config
+    assert (config.rotary_base, config.vocab_size, config.padded_vocab_size) == (5e5, 19, 20)
+    with pytest.raises(UserError, match="--rotary-base 10000.0 contradicts"):
+        open_rank_files(tmp_path / "known", model_flags={"rotary_base": 1e4})
 
 
 def test_the_files_are_what_they_claim_to_be(tmp_path: Path) -> None:
