@@ -118,27 +118,31 @@ def namespace(
     whole = {COMPLETE: 1} if complete else {}
     if not complete and config.vocab_size == config.padded_vocab_size:
         whole["vocab_size"] = None
-    values = dataclasses.asdict(config) | whole | {
-        "params_dtype": dtype,
-        "bf16": dtype == DTYPES["bf16"],
-        "fp16": dtype == DTYPES["fp16"],
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": partition.stages,
-        "expert_model_parallel_size": 1,
-        "virtual_pipeline_model_parallel_size": partition.chunks if partition.chunks > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": partition.counts[0] if partition.chunks > 1 else None,
-        "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
-        "use_mcore_models": not legacy,
-        "group_query_attention": config.num_query_groups != config.num_attention_heads,
-        "use_rotary_position_embeddings": config.position_embedding_type == "rope",
-        "use_glm_rope": config.rotary_interleaved,
-        "add_bias_linear": config.add_qkv_bias and config.add_dense_bias and config.add_mlp_bias,
-        "seq_length": config.max_position_embeddings,
-        "sliding_window": config.sliding_window,
-        "tokenizer_type": "PretrainedFromHF",
-        "model_type": None,
-        "iteration": iteration,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-    }
+    values = (
+        dataclasses.asdict(config)
+        | whole
+        | {
+            "params_dtype": dtype,
+            "bf16": dtype == DTYPES["bf16"],
+            "fp16": dtype == DTYPES["fp16"],
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": partition.stages,
+            "expert_model_parallel_size": 1,
+            "virtual_pipeline_model_parallel_size": partition.chunks if partition.chunks > 1 else None,
+            "num_layers_per_virtual_pipeline_stage": partition.counts[0] if partition.chunks > 1 else None,
+            "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
+            "use_mcore_models": not legacy,
+            "group_query_attention": config.num_query_groups != config.num_attention_heads,
+            "use_rotary_position_embeddings": config.position_embedding_type == "rope",
+            "use_glm_rope": config.rotary_interleaved,
+            "add_bias_linear": config.add_qkv_bias and config.add_dense_bias and config.add_mlp_bias,
+            "seq_length": config.max_position_embeddings,
+            "sliding_window": config.sliding_window,
+            "tokenizer_type": "PretrainedFromHF",
+            "model_type": None,
+            "iteration": iteration,
+            "consumed_train_samples": 0,
+            "consumed_valid_samples": 0,
+        }
+    )
     return argparse.Namespace(**values)

@@ -278,7 +278,9 @@ def _write_ranks(
     check: Callable[[Path], None],
 ) -> Path:
     known, config = source.is_known(convert), plan.config
-    if not known and source.config.vocab_size == source.config.padded_vocab_size:  # padding of who knows how many tokens
+    if (
+        not known and source.config.vocab_size == source.config.padded_vocab_size
+    ):  # padding of who knows how many tokens
         config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
     layout = RankLayout(config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, known)
     return write_rank_files(

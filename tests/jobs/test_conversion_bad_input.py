@@ -38,7 +38,9 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def outcome(capsys: pytest.CaptureFixture[str], load: Path, save: Path, to: str, *words: object) -> tuple[int, str, str]:
+def outcome(
+    capsys: pytest.CaptureFixture[str], load: Path, save: Path, to: str, *words: object
+) -> tuple[int, str, str]:
     """(status, standard output, standard error) of a conversion of `load`."""
     kind = "hf" if (load / "config.json").is_file() else "mg"
     command = ["--load-model-type", kind, "--load-dir", load, "--save-model-type", to, "--save-dir", save, *words]
@@ -118,9 +120,7 @@ def test_weights_that_are_no_numbers(
     assert line.startswith("error: decoder.layers.1.mlp.linear_fc2.weight: holds NaN or infinity")
 
 
-def test_large_but_finite_weights_are_no_error(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_large_but_finite_weights_are_no_error(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(model, tmp_path / "hf")
     tensors = hf_tensors(model)
     tensors["model.norm.weight"].fill_(3e38)

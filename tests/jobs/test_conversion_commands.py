@@ -170,7 +170,10 @@ def test_what_modellink_saved_becomes_base_plus_adapter_in_transformers(theirs: 
 def test_the_scripts_take_places_and_flags_of_the_user(theirs: dict[str, torch.Tensor]) -> None:
     places = {"CKPT_LOAD_DIR": "model_weights/llama-2-7b-legacy", "LORA_CHECKPOINT": "ckpt/llama-2-7b-lora"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    calls = {"legacy2hf_lora": ("model_from_hf/llama-2-7b-hf", {}), "legacy2legacy_lora": ("out", {"TP": "2", "PP": "4"})}
+    calls = {
+        "legacy2hf_lora": ("model_from_hf/llama-2-7b-hf", {}),
+        "legacy2legacy_lora": ("out", {"TP": "2", "PP": "4"}),
+    }
     running = [
         subprocess.Popen(
             ["bash", ROOT / f"examples/legacy/llama2/ckpt_convert_llama2_{name}.sh", "--params-dtype", "bf16"],

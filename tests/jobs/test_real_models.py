@@ -1,4 +1,4 @@
-"""Models as they are published, through every direction: the same bytes back, and other libraries load what comes out."""
+"""Models as they are published, through every direction: the same bytes back, and other libraries load the results."""
 
 from __future__ import annotations
 
