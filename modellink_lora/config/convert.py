@@ -151,7 +151,7 @@ class ConvertConfig:
         rows: dict[str, tuple[bool, str]] = {
             "save_to_legacy": (ranks, legacy),
             "use_mcore_models": (ranks or self.source == "mg", legacy),
-            "make_vocab_size_divisible_by": (self.target == "mg", "only a Megatron checkpoint's vocabulary is padded"),
+            "make_vocab_size_divisible_by": (self.target == "mg", "only the vocabulary of a Megatron result is padded"),
             "base_model_name_or_path": (self.target == "peft", "only adapter_config.json of PEFT names the base"),
             "params_dtype": (not self.exports_adapter, "an adapter keeps the dtypes it has"),
             "verify": (not self.exports_adapter, "only models are read again after writing"),

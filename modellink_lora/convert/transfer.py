@@ -53,8 +53,8 @@ class Transfer:
         for block in blocks:
             if not _is_finite(block):
                 raise UserError(
-                    f"{move.spec.name}: holds NaN or infinity, so the model computes nothing: its training diverged, or "
-                    "a file is damaged; choose an earlier checkpoint"
+                    f"{move.spec.name}: holds NaN or infinity, so the model computes nothing: training diverged, or a "
+                    "file is damaged; choose an earlier checkpoint"
                 )
             yield block
 

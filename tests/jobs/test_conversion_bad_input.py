@@ -52,12 +52,12 @@ def outcome(
 
 def refused(capsys: pytest.CaptureFixture[str], load: Path, tmp_path: Path, to: str, *words: object) -> str:
     """The line that a conversion ends with; before it only the bar of one that had begun to write."""
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     status, _, err = outcome(capsys, load, tmp_path / "out", to, *words)
     *rest, line = err.rstrip("\n").split("\n")
     assert status == 1 and line.startswith("error: ") and "Traceback" not in err, err
     assert all(text.startswith(("\r", "writing")) for text in rest), rest
-    assert {path for path in tmp_path.rglob("*")} == before, "something was written"
+    assert set(tmp_path.rglob("*")) == before, "something was written"
     return line
 
 

@@ -9,7 +9,6 @@ from modellink_lora.models.families.common import ends, only, required, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import StackedQKV
 
-
 # The first published config.json of Qwen-7B names these as GPT-2 does.
 _FIRST = {
     "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
