@@ -165,7 +165,7 @@ class ConvertConfig:
 
     @property
     def tells_interleaving(self) -> bool:
-        """Whether --num-layers-per-virtual-pipeline-stage is about the source, as the older spelling's loader has it."""
+        """Whether --num-layers-per-virtual-pipeline-stage is about the source: the older spelling's loader has it."""
         to_one = self.target == "hf" or self.target_pipeline_parallel_size == 1
         older = self.keeps_layout and self.source == "mg"
         return older and to_one and self.num_layers_per_virtual_pipeline_stage is not None
