@@ -71,8 +71,8 @@ class Adapter:
     shapes: Mapping[str, tuple[int, ...]]
     origin: str | None = None  # the program that wrote it; None: this one
     notes: tuple[str, ...] = ()  # what the user should know about how it was read
-    replaced: frozenset[str] = frozenset()  # tensors of the base that it holds anew as a whole; `stored` gives them
     reader: Callable[[str], Tensor] | None = None  # of an adapter from elsewhere; gives what `stored` gives
+    replaced: frozenset[str] = frozenset()  # tensors of the base that it holds anew as a whole; `stored` gives them
 
     @property
     def modules(self) -> list[str]:
