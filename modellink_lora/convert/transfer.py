@@ -96,8 +96,8 @@ class Transfer:
 
 
 def _is_finite(block: Tensor) -> bool:
-    """Whether every value is; a sum tells it in one pass, and only where that overflows is each value looked at."""
-    return math.isfinite(block.sum(dtype=torch.float32).item()) or bool(block.isfinite().all())
+    """Whether every value is: the extremes tell it, NaN included, many times faster than looking at each."""
+    return not block.numel() or all(math.isfinite(end.item()) for end in block.aminmax())
 
 
 def _row_bytes(part: Tensor) -> int:
