@@ -61,6 +61,13 @@ def names_its_model(args: argparse.Namespace) -> bool:
     return hasattr(args, COMPLETE)
 
 
+def leave_open(args: argparse.Namespace) -> None:
+    """Take back the claim that `args` say all: what they were made from may hold mere defaults, too."""
+    delattr(args, COMPLETE)
+    if args.vocab_size == args.padded_vocab_size:
+        args.vocab_size = None  # padding may have been counted as tokens
+
+
 def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str) -> dict[str, Any]:
     """What Megatron's own spelling of `args` says, in ModelConfig fields."""
     if getattr(args, "use_rotary_position_embeddings", False):
@@ -106,43 +113,32 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def namespace(
-    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int,
-    complete: bool = True,
-) -> argparse.Namespace:  # fmt: skip
-    """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides.
-
-    Args:
-        complete: whether all of `config` can be relied on. Without, padding may be counted as vocabulary too.
-    """
+    config: ModelConfig, *, tp: int, partition: Partition, legacy: bool, dtype: torch.dtype, iteration: int
+) -> argparse.Namespace:
+    """The `args` of a rank file: every ModelConfig field under Megatron's name, and what Megatron reads besides."""
     uneven = len(set(partition.counts)) > 1
-    whole = {COMPLETE: 1} if complete else {}
-    if not complete and config.vocab_size == config.padded_vocab_size:
-        whole["vocab_size"] = None
-    values = (
-        dataclasses.asdict(config)
-        | whole
-        | {
-            "params_dtype": dtype,
-            "bf16": dtype == DTYPES["bf16"],
-            "fp16": dtype == DTYPES["fp16"],
-            "tensor_model_parallel_size": tp,
-            "pipeline_model_parallel_size": partition.stages,
-            "expert_model_parallel_size": 1,
-            "virtual_pipeline_model_parallel_size": partition.chunks if partition.chunks > 1 else None,
-            "num_layers_per_virtual_pipeline_stage": partition.counts[0] if partition.chunks > 1 else None,
-            "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
-            "use_mcore_models": not legacy,
-            "group_query_attention": config.num_query_groups != config.num_attention_heads,
-            "use_rotary_position_embeddings": config.position_embedding_type == "rope",
-            "use_glm_rope": config.rotary_interleaved,
-            "add_bias_linear": config.add_qkv_bias and config.add_dense_bias and config.add_mlp_bias,
-            "seq_length": config.max_position_embeddings,
-            "sliding_window": config.sliding_window,
-            "tokenizer_type": "PretrainedFromHF",
-            "model_type": None,
-            "iteration": iteration,
-            "consumed_train_samples": 0,
-            "consumed_valid_samples": 0,
-        }
-    )
+    values = dataclasses.asdict(config) | {
+        COMPLETE: 1,
+        "params_dtype": dtype,
+        "bf16": dtype == DTYPES["bf16"],
+        "fp16": dtype == DTYPES["fp16"],
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": partition.stages,
+        "expert_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": partition.chunks if partition.chunks > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": partition.counts[0] if partition.chunks > 1 else None,
+        "num_layer_list": ",".join(map(str, partition.counts)) if uneven else None,
+        "use_mcore_models": not legacy,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "use_rotary_position_embeddings": config.position_embedding_type == "rope",
+        "use_glm_rope": config.rotary_interleaved,
+        "add_bias_linear": config.add_qkv_bias and config.add_dense_bias and config.add_mlp_bias,
+        "seq_length": config.max_position_embeddings,
+        "sliding_window": config.sliding_window,
+        "tokenizer_type": "PretrainedFromHF",
+        "model_type": None,
+        "iteration": iteration,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
     return argparse.Namespace(**values)

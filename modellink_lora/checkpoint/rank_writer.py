@@ -142,8 +142,10 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, iteration: i
     """A rank file with everything in it but the values of its tensors."""
     args = megatron_args.namespace(
         layout.config, tp=layout.tp, partition=layout.partition, legacy=layout.spelling == "legacy",
-        dtype=layout.dtype, iteration=iteration, complete=layout.complete,
+        dtype=layout.dtype, iteration=iteration,
     )  # fmt: skip
+    if not layout.complete:
+        megatron_args.leave_open(args)
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]
     names: dict[int, str] = {}

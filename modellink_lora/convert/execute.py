@@ -191,8 +191,9 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     keep = source.files if convert.keeps_layout else None
     tp = convert.target_tensor_parallel_size or (keep.tp if keep else 1)
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
-    per_chunk = None if convert.tells_interleaving else convert.num_layers_per_virtual_pipeline_stage
-    layers = source.config.num_layers
+    per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
+    if convert.tells_interleaving:
+        per_chunk = None
     given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
     if keep and not any(given):
         partition = keep.partition
@@ -277,12 +278,12 @@ def _write_ranks(
     companions: Path | None,
     check: Callable[[Path], None],
 ) -> Path:
-    known, config = source.is_known(convert), plan.config
-    if (
-        not known and source.config.vocab_size == source.config.padded_vocab_size
-    ):  # padding of who knows how many tokens
-        config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
-    layout = RankLayout(config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, known)
+    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype)
+    if not source.is_known(convert):
+        config = plan.config
+        if source.config.vocab_size == source.config.padded_vocab_size:  # nobody knows how many of them are tokens
+            config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
+        layout = dataclasses.replace(layout, complete=False, config=config)
     return write_rank_files(
         Path(convert.save_dir),
         layout,
