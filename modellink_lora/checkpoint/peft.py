@@ -18,6 +18,7 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import take_apart
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.models.families import family_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -33,7 +34,7 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None) -> lis
 
 
 def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """(PEFT name, tensor) of every factor."""
+    """(PEFT name, tensor) of everything in the file."""
     for module in adapter.modules:
         layout, origin = adapter.layout(module), adapter.meta.peft
         a, b = adapter.stored(f"{module}.lora_A"), adapter.stored(f"{module}.lora_B")  # [R, in], [out, R]
@@ -45,6 +46,15 @@ def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
             if pair:
                 yield f"base_model.model.{projection}.lora_A.weight", pair[0]
                 yield f"base_model.model.{projection}.lora_B.weight", pair[1]
+    yield from whole_tensors(adapter)
+
+
+def whole_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(PEFT name, tensor) of embedding, head and norms that the adapter holds anew (modules_to_save)."""
+    model = adapter.meta.model
+    for name in sorted(adapter.replaced):
+        (hf,) = family_of(model.hf_model_type).tensor(name, model).hf
+        yield f"base_model.model.{hf}", adapter.stored(name)
 
 
 def peft_config(adapter: Adapter, *, base_model: str | None) -> dict[str, Any]:

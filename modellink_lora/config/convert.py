@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
@@ -174,7 +175,7 @@ class ConvertConfig:
     def layer_list(self) -> tuple[int, ...] | None:
         return parse_layer_list(self.num_layer_list) if self.num_layer_list else None
 
-    def spelling(self, source: str | None) -> str:
+    def spelling(self, source: Literal["mcore", "legacy"] | None) -> Literal["mcore", "legacy"]:
         """`mcore` or `legacy` names of a Megatron result; `source` is the spelling read, None for Hugging Face."""
         if self.save_to_legacy:
             return "legacy"

@@ -69,7 +69,7 @@ def _own(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Pa
     written = iteration_folder(folder, adapter.meta.iteration)
     if _stops(convert, say):
         return folder
-    write_adapter(written, {name: adapter.stored(name) for name in adapter.shapes}, adapter.meta)
+    write_adapter(written, {name: adapter.stored(name) for name in [*adapter.shapes, *adapter.replaced]}, adapter.meta)
     write_tracker(folder, adapter.meta.iteration)
     say(f"wrote {written}, {len(adapter.shapes)} tensors")
     return folder

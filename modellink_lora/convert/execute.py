@@ -232,7 +232,7 @@ def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
 
 
 def _spelling(convert: ConvertConfig, source: Source) -> Spelling:
-    return "legacy" if convert.spelling(source.files.spelling if source.files else None) == "legacy" else "mcore"
+    return convert.spelling(source.files.spelling if source.files else None)
 
 
 def _write_hf(

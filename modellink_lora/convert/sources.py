@@ -235,7 +235,7 @@ def open_merge(
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    replacing = convert.target in ("mg", "hf") and convert.verify_logits is None
+    replacing = convert.target in ("mg", "hf", "peft", "adapter") and convert.verify_logits is None
     adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
     return adapter
