@@ -48,6 +48,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
+        if convert.load_dir and adapter.meta.base_fingerprint is not None:
+            check_base(open_source(convert), adapter, convert)
         with told_when_full(Path(convert.save_dir)):
             return export_adapter(convert, adapter, say)
     source = open_source(convert)

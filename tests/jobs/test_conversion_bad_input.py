@@ -138,6 +138,17 @@ def test_an_adapter_that_is_no_number(model: Path, tmp_path: Path, capsys: pytes
     assert line.startswith("error: decoder.layers.0.mlp.linear_fc1.weight: holds NaN or infinity")
 
 
+@pytest.mark.parametrize("to", ["peft", "adapter", "adapter-ranks"])
+def test_an_adapter_is_not_exported_for_another_base(
+    to: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = random_adapter(tmp_path / "adapter", model)
+    other = made_model(tmp_path / "other", SIZE, seed=1)
+    line = refused(capsys, other, tmp_path, to, "--lora-load", adapter)
+    assert f"--lora-load {adapter} was trained on another base than --load-dir {other}" in line
+    assert outcome(capsys, model, tmp_path / "good", to, "--lora-load", adapter)[0] == 0
+
+
 def _lacking(root: Path) -> None:
     index = json.loads((root / INDEX).read_text())
     file = root / index["weight_map"]["model.norm.weight"]
