@@ -41,6 +41,7 @@ class RankLayout:
     spelling: Spelling
     dtype: torch.dtype
     ep: int = 1
+    complete: bool = True  # whether every setting in `config` is known, or some may be defaults of another program
 
     @property
     def tied_copy(self) -> bool:
@@ -149,6 +150,8 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int,
         layout.config, tp=layout.tp, partition=layout.partition, legacy=layout.spelling == "legacy",
         dtype=layout.dtype, iteration=iteration, ep=layout.ep,
     )  # fmt: skip
+    if not layout.complete:
+        megatron_args.leave_open(args)
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]
     names: dict[int, str] = {}

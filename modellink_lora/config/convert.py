@@ -110,6 +110,8 @@ class ConvertConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
+        if self.load_from_legacy and self.source == "hf":
+            raise UserError("--load-from-legacy is about a Megatron checkpoint, and --load-dir is a Hugging Face model")
         if self.svd_rank and self.target != "peft":
             raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
         if self.verify_logits is not None and self.target not in ("hf", "mg"):
@@ -124,6 +126,8 @@ class ConvertConfig:
             ("target_tensor_parallel_size", (*in_stages, "meta"), 1),
             ("target_expert_parallel_size", ("mg",), 1),
         ):
+            if name == "num_layers_per_virtual_pipeline_stage" and self.tells_interleaving:
+                continue
             if self.target not in kinds and (getattr(self, name) or ones) != ones:
                 raise UserError(
                     f"--{name.replace('_', '-')} is for --save-model-type {' or '.join(kinds)}, not {self.target}"
@@ -152,6 +156,32 @@ class ConvertConfig:
     def keeps_layout(self) -> bool:
         """With the older spelling, a target size left out means that of the source."""
         return self.load_model_type is None and self.loader is not None
+
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Flags given that change nothing in this conversion -> why."""
+        ranks, legacy = self.target in ("mg", "adapter-ranks"), "it chooses the names of tensors in rank files"
+        rows: dict[str, tuple[bool, str]] = {
+            "save_to_legacy": (ranks, legacy),
+            "use_mcore_models": (ranks or self.source == "mg", legacy),
+            "make_vocab_size_divisible_by": (self.target == "mg", "only the vocabulary of a Megatron result is padded"),
+            "base_model_name_or_path": (self.target == "peft", "only adapter_config.json of PEFT names the base"),
+            "params_dtype": (not self.exports_adapter, "an adapter keeps the dtypes it has"),
+            "verify": (not self.exports_adapter, "only models are read again after writing"),
+            "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
+        }
+        return {
+            "--" + name.replace("_", "-"): reason
+            for name, (has_effect, reason) in rows.items()
+            if getattr(self, name) and not has_effect
+        }
+
+    @property
+    def tells_interleaving(self) -> bool:
+        """Whether --num-layers-per-virtual-pipeline-stage is about the source: the older spelling's loader has it."""
+        to_one = self.target == "hf" or self.target_pipeline_parallel_size == 1
+        older = self.keeps_layout and self.source == "mg"
+        return older and to_one and self.num_layers_per_virtual_pipeline_stage is not None
 
     @property
     def layer_list(self) -> tuple[int, ...] | None:

@@ -34,7 +34,7 @@ from modellink_lora.convert.transfer import Transfer
 from modellink_lora.convert.verify import verify
 from modellink_lora.parallel.partition import Partition
 
-HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
+HF_OUTPUT, HF_OUTPUT_LINK = "mg2hg", "mg2hf"  # folder below --save-dir that scripts expect, and its other name
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Say = Callable[[str], None]
@@ -46,9 +46,13 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
+    for name, reason in convert.without_effect.items():
+        say(f"{name} has no effect: {reason}")
     if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
+        if convert.load_dir and adapter.meta.base_fingerprint is not None:
+            check_base(open_source(convert), adapter, convert)
         with told_when_full(Path(convert.save_dir)):
             return export_adapter(convert, adapter, say)
     source = open_source(convert)
@@ -62,6 +66,11 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             notes.append(f"{convert.load_dir} holds a base and an adapter: the adapter is merged")
         elif Path(convert.lora_load).resolve() != source.files.root.resolve():
             notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
+    if convert.target == "mg" and not source.is_known(convert):
+        notes.append(
+            f"{convert.load_dir} does not tell its vocabulary and rotary settings for certain, and the result will not "
+            "either: give them by flags as before, or put the model's config.json into --save-dir and convert again"
+        )
     adapter = open_merge(convert, lora_flags, lambda: source.config)
     if convert.verify_logits is not None and adapter is None:
         raise UserError(
@@ -116,6 +125,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
         else:
             folder = _write_ranks(convert, plan, transfer, source, companions, check)
         seconds = written[0] - begin
+        if convert.target == "hf":
+            _link_other_name(folder, say)
         if adapter:
             report = MergeReport.of(transfer.changes, plan, adapter)
             path = Path(convert.merge_report or save / "merge_report.json")
@@ -127,6 +138,17 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             say(f"what changed in each weight: {path}")
     say(f"wrote {folder}: {size(plan.total_bytes)} in {seconds:.1f} s, {size(plan.total_bytes / seconds)}/s")
     return folder
+
+
+def _link_other_name(folder: Path, say: Say) -> None:
+    """ModelLink's code says `mg2hf` where its documents say `mg2hg`: scripts that look there find the result too."""
+    link = folder.with_name(HF_OUTPUT_LINK)
+    if link.exists() and not link.is_symlink():
+        say(f"note: {link} is something else and stays as it is; the result is {folder}")
+        return
+    with contextlib.suppress(OSError):  # some file systems have no links
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
 
 
 def check_space(save: Path, needed: int) -> str:
@@ -183,6 +205,8 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
     ep = convert.target_expert_parallel_size or (keep.ep if keep else 1)
     per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
+    if convert.tells_interleaving:
+        per_chunk = None
     given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
     if keep and not any(given):
         partition = keep.partition
@@ -277,6 +301,11 @@ def _write_ranks(
     check: Callable[[Path], None],
 ) -> Path:
     layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep)
+    if not source.is_known(convert):
+        config = plan.config
+        if source.config.vocab_size == source.config.padded_vocab_size:  # nobody knows how many of them are tokens
+            config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
+        layout = dataclasses.replace(layout, complete=False, config=config)
     return write_rank_files(
         Path(convert.save_dir),
         layout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,9 +48,16 @@ class Transfer:
         sizes = [part.shape[cut_dimension(move.spec.layout, dimensions)] for part in stored.parts]
         runs = runs_of(sizes, dimensions, join=stored.join, layout=move.spec.layout, pick=pick)
         if move.rank is None or self.adapter is None:
-            yield from self._copied(move, stored.parts, runs)
+            blocks = self._copied(move, stored.parts, runs)
         else:
-            yield from self._merged(move, stored.parts, runs, self.adapter)
+            blocks = self._merged(move, stored.parts, runs, self.adapter)
+        for block in blocks:
+            if not _is_finite(block):
+                raise UserError(
+                    f"{move.spec.name}: holds NaN or infinity, so the model computes nothing: training diverged, or a "
+                    "file is damaged; choose an earlier checkpoint"
+                )
+            yield block
 
     def _copied(self, move: Move, parts: Sequence[Tensor], runs: Runs) -> Iterator[Tensor]:
         same = all(part.dtype == self.dtype for part in parts)
@@ -86,6 +94,11 @@ class Transfer:
             yield result
         with self._lock:
             self.changes.setdefault(move.spec.name, Change()).add(change)
+
+
+def _is_finite(block: Tensor) -> bool:
+    """Whether every value is: the extremes tell it, NaN included, many times faster than looking at each."""
+    return not block.numel() or all(math.isfinite(end.item()) for end in block.aminmax())
 
 
 def _row_bytes(part: Tensor) -> int:
