@@ -56,7 +56,8 @@ def decide(
         wanted: "auto", or the level that the user asked for.
         fused_collectives: the device multiplies and communicates in one operator, which takes one matrix only.
     """
-    column, t = isinstance(base, ColumnParallelLinear), base.tp_group.size()
+    group: Any = base.tp_group
+    column, t = isinstance(base, ColumnParallelLinear), group.size()
     if t == 1:
         return Decision("L0", 0, "one tensor rank: nothing is sent")
     if not base.sequence_parallel:
@@ -80,7 +81,7 @@ def obstacle(base: torch.nn.Module) -> str:
     """Why the fused layer cannot stand in for LoraLinear on `base`; empty if it can."""
     if type(base) not in (ColumnParallelLinear, RowParallelLinear):
         return f"{type(base).__name__} is not a linear of megatron-core itself"
-    config = base.config
+    config: Any = base.config
     checks = {
         "it has no weight of its own": base.weight is None,
         "its weight or bias is trained": any(p.requires_grad for p in base.parameters()),
@@ -123,7 +124,8 @@ def fusion_rows(layers: Mapping[str, LoraLinear], rows: int) -> tuple[list[tuple
         layers: by global module name.
         rows: local tokens for which chunks are told.
     """
-    fused, fallen = [], []
+    fused: list[tuple[str, ...]] = []
+    fallen = []
     for name, layer in layers.items():
         if isinstance(layer, FusedLoraLinear):
             found = layer.decision

@@ -115,7 +115,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta
     """Write both files into `folder`, each by rename.
 
     Args:
-        tensors: as `Adapter.stored` gives them, if `meta.peft` is there.
+        tensors: as `Adapter.stored` gives them, if `meta.peft` is there; whole ones of `Adapter.replaced` too.
     """
     with replacing_file(folder / TENSORS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
@@ -141,7 +141,8 @@ def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: damaged or cut short ({error})") from None
-    adapter = Adapter(folder, meta, shapes)
+    whole = frozenset(name for name in shapes if not name.endswith((".lora_A", ".lora_B")))
+    adapter = Adapter(folder, meta, {n: s for n, s in shapes.items() if n not in whole}, replaced=whole)
     for module in adapter.modules:
         a, b, r = shapes[module + ".lora_A"], shapes.get(module + ".lora_B"), meta.lora.rank_of(module)
         if b is None or a[0] != r or b[1] != r:

@@ -44,11 +44,7 @@ def open_adapter(
             raise UserError(
                 f"{flag} {root}: holds {peft[0]} of PEFT and {others[0]} as well: put them into two folders"
             )
-        adapter = open_peft(root, flag=flag, base=base)
-        if adapter.replaced and not replacing:
-            raise UserError(f"{flag} {root}: replaces {', '.join(sorted(adapter.replaced))} as a whole "
-                            "(modules_to_save), which only merging into the base can do")  # fmt: skip
-        return adapter
+        return _mergeable(open_peft(root, flag=flag, base=base), flag, replacing)
     if dist := dist_folder(root, flag=flag):
         return open_bridge_adapter(dist, flag=flag, base=base, given=given or {})
     itself = re.fullmatch(r"iter_\d{7}|release", root.name) and not (root / TRACKER).is_file()
@@ -60,4 +56,11 @@ def open_adapter(
         raise UserError(f"{flag} {folder}: holds {META} and mp_rank_* folders: put the two adapters into two folders")
     if ranks:
         return open_lora_rank_files(folder, flag=flag, base=base, given=given or {})
-    return open_own(folder, flag=flag)
+    return _mergeable(open_own(folder, flag=flag), flag, replacing)
+
+
+def _mergeable(adapter: Adapter, flag: str, replacing: bool) -> Adapter:
+    if adapter.replaced and not replacing:
+        raise UserError(f"{flag} {adapter.folder}: replaces {', '.join(sorted(adapter.replaced))} as a whole "
+                        "(modules_to_save): merge it into its base (convert_ckpt.py) and use the result")  # fmt: skip
+    return adapter

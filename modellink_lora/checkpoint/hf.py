@@ -23,7 +23,7 @@ from modellink_lora.checkpoint.store import replacing_folder
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families import family_of
+from modellink_lora.models.families import family_of, with_model_type
 from modellink_lora.models.family import Family
 from modellink_lora.models.shapes import full_shape
 
@@ -34,6 +34,7 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*")  # files that look like weights of the model
 _DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
 
 
@@ -85,10 +86,16 @@ class HfFolder:
         self._files = self._open_files(flag)
         self._where: dict[str, _File] = {}
         self.dropped: dict[str, str] = {}  # what is there and not used -> why
-        for file in self._files.values():
-            self._where |= {name: file for name in file.names() if not _DERIVED.search(name)}
+        for title, file in self._files.items():
+            held = {name: file for name in file.names() if not _DERIVED.search(name)}
+            if twice := sorted(held.keys() & self._where.keys()):
+                raise UserError(f"{self.path / title} holds {twice[0]}, which another file of the model holds as well")
+            self._where |= held
             derived = (name for name in file.names() if _DERIVED.search(name))
             self.dropped |= dict.fromkeys(derived, "a buffer that follows from the settings")
+        others = {path.name for pattern in _WEIGHTS for path in self.path.glob(pattern)} - self._files.keys()
+        reason = f"the weights are read from {_some(sorted(self._files))}"
+        self.dropped |= dict.fromkeys(sorted(others), reason)
 
     def _open_files(self, flag: str) -> dict[str, _File]:
         for single, reader in (("model.safetensors", _Safetensors), ("pytorch_model.bin", _Bin)):
@@ -218,7 +225,7 @@ def read_config_json(folder: Path, *, flag: str) -> dict[str, Any]:
     """config.json of a model folder. Raises UserError when it is missing or not JSON."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {folder}: holds no config.json, so it is not a Hugging Face model folder")
-    return _read_json(folder / "config.json")
+    return with_model_type(_read_json(folder / "config.json"))
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

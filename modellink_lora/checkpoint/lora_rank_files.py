@@ -122,7 +122,8 @@ def _check_layers(tree: RankTree, config: ModelConfig) -> None:
 
 def _layouts(tree: RankTree, config: ModelConfig) -> dict[str, Layout]:
     """Layout of every factor by global name; both factors must be on every tensor-parallel rank of their stage."""
-    family, layouts = family_of(config.hf_model_type), {}
+    family = family_of(config.hf_model_type)
+    layouts: dict[str, Layout] = {}
     for (rank, stage), factors in tree.lora.items():
         first = tree.lora[0, stage]
         if odd := sorted(factors.keys() ^ first.keys()):
@@ -170,7 +171,8 @@ def _hyper_parameters(
         if {mcore_target(str(name)) for name in said if name in known} != found:
             raise UserError(f"{tree.folder}: args say lora_target_modules {' '.join(map(str, said))}, "
                             f"the LoRA factors are those of {' '.join(targets)}")  # fmt: skip
-    alpha, notes = getattr(args, "lora_alpha", None), ()
+    alpha = getattr(args, "lora_alpha", None)
+    notes: tuple[str, ...] = ()
     if alpha is None:
         alpha = given.get("alpha")
         if alpha is None:

@@ -63,6 +63,13 @@ def names_its_model(args: argparse.Namespace) -> bool:
     return hasattr(args, COMPLETE)
 
 
+def leave_open(args: argparse.Namespace) -> None:
+    """Take back the claim that `args` say all: what they were made from may hold mere defaults, too."""
+    delattr(args, COMPLETE)
+    if args.vocab_size == args.padded_vocab_size:
+        args.vocab_size = None  # padding may have been counted as tokens
+
+
 def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str) -> dict[str, Any]:
     """What Megatron's own spelling of `args` says, in ModelConfig fields."""
     if getattr(args, "use_rotary_position_embeddings", False):

@@ -119,7 +119,7 @@ class OutFile:
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, not copied if it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _explained(error: OSError, path: Path) -> Exception:

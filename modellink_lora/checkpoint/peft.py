@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import take_apart
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.models.families import family_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,19 +34,46 @@ def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None) -> lis
     return list(tensors)
 
 
-def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """(PEFT name, tensor) of every factor."""
+@dataclass(frozen=True)
+class Projection:
+    """The factors of one Hugging Face projection: W' = W + scaling * B A."""
+
+    name: str  # e.g. model.layers.0.self_attn.q_proj
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scaling: float
+
+
+def projections(adapter: Adapter) -> Iterator[Projection]:
+    """Every projection that `adapter` adapts, one by one."""
     for module in adapter.modules:
-        layout, origin = adapter.layout(module), adapter.meta.peft
+        layout, origin, lora = adapter.layout(module), adapter.meta.peft, adapter.meta.lora
         a, b = adapter.stored(f"{module}.lora_A"), adapter.stored(f"{module}.lora_B")  # [R, in], [out, R]
+        names = adapter.projections(module)
         if origin:
-            factors = take_apart(a, b, layout, origin.blocks[module])
+            blocks = origin.blocks[module]
+            for name, block, pair in zip(names, blocks, take_apart(a, b, layout, blocks), strict=True):
+                if block and pair:
+                    yield Projection(name, *pair, block.scaling(rslora=lora.use_rslora))
         else:
-            factors = [(a.clone(), part.contiguous()) for part in layout.split(b)]
-        for projection, pair in zip(adapter.projections(module), factors, strict=True):
-            if pair:
-                yield f"base_model.model.{projection}.lora_A.weight", pair[0]
-                yield f"base_model.model.{projection}.lora_B.weight", pair[1]
+            for name, part in zip(names, layout.split(b), strict=True):
+                yield Projection(name, a.clone(), part.contiguous(), lora.scaling_of(module))
+
+
+def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(PEFT name, tensor) of everything in the file."""
+    for projection in projections(adapter):
+        yield f"base_model.model.{projection.name}.lora_A.weight", projection.a
+        yield f"base_model.model.{projection.name}.lora_B.weight", projection.b
+    yield from whole_tensors(adapter)
+
+
+def whole_tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """(PEFT name, tensor) of embedding, head and norms that the adapter holds anew (modules_to_save)."""
+    model = adapter.meta.model
+    for name in sorted(adapter.replaced):
+        (hf,) = family_of(model.hf_model_type).tensor(name, model).hf
+        yield f"base_model.model.{hf}", adapter.stored(name)
 
 
 def peft_config(adapter: Adapter, *, base_model: str | None) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def open_peft(folder: Path, *, flag: str, base: Callable[[], ModelConfig] | None
     replaced = _replaced(folder, {name: found[name] for name in sorted(whole)}, settings, config)
     factors = {name: shape for name, shape in found.items() if name not in whole}
     adapter = assemble(
-        folder, _parts(folder, factors, kinds, settings, config), load, settings, config, origin=ORIGIN
+        folder, _parts(folder, factors, kinds, settings, config), load, settings, config, origin=ORIGIN,
+        keep=bool(replaced),
     )  # fmt: skip
     if not replaced:
         return adapter

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter
-from modellink_lora.checkpoint.peft import CONFIG, TENSORS, settings_of
+from modellink_lora.checkpoint.peft import CONFIG, TENSORS, settings_of, whole_tensors
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.errors import UserError
 
@@ -34,6 +34,9 @@ def write_truncated(folder: Path, adapter: Adapter, n: int, *, base_model: str |
         dict.fromkeys(errors, n), dict.fromkeys(errors, float(n)), r=n, alpha=float(n),
         num_layers=adapter.meta.model.num_layers, base_model=base_model,
     )  # fmt: skip
+    if adapter.meta.peft:
+        settings["modules_to_save"] = adapter.meta.peft.settings.get("modules_to_save")
+        tensors |= whole_tensors(adapter)
     with replacing_file(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with replacing_file(folder / CONFIG) as temporary:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta
-from modellink_lora.checkpoint.blocks import Block, PeftOrigin, put_together_a, put_together_b
+from modellink_lora.checkpoint.blocks import Block, Blocks, PeftOrigin, put_together_a, put_together_b
 from modellink_lora.checkpoint.names import TARGETS
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
@@ -69,18 +69,20 @@ def assemble(
     *,
     origin: str,
     iteration: int = 0,
+    keep: bool = False,
 ) -> Adapter:
     """The adapter whose linears (keys of `parts`) have these factors of projections.
 
     Args:
         load: (part, "A" or "B") -> its factor.
         settings: PEFT's adapter_config.json, which exporting writes again.
+        keep: keep them although ours would say the same of these factors.
     """
     targets = tuple(name for name in TARGETS if name in {module.rsplit(".", 1)[-1] for module in parts})
     rslora = bool(settings.get("use_rslora"))
     fused = {module: _fuse(module, held, config, load, rslora=rslora) for module, held in parts.items()}
     bare = [m for m in _modules(config, targets) if m not in fused]
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for module in _modules(config, targets):
         out_features, in_features = full_shape(f"{module}.weight", config)
         r = fused[module].r if module in fused else settings["r"]
@@ -97,9 +99,11 @@ def assemble(
     folded = [m for m, x in fused.items() if x.is_folded]
     lora = _lora(settings, targets, fused, bare, wide=wide or bool(folded))
     kept = None
-    if bare or not all(x.is_plain for x in fused.values()):
-        missing = {m: (None,) * len(family_of(config.hf_model_type).tensor(f"{m}.weight", config).hf) for m in bare}
-        kept = PeftOrigin(settings, {m: x.blocks for m, x in fused.items()} | missing)
+    if keep or bare or not all(x.is_plain for x in fused.values()):
+        missing: dict[str, Blocks] = {
+            m: (None,) * len(family_of(config.hf_model_type).tensor(f"{m}.weight", config).hf) for m in bare
+        }
+        kept = PeftOrigin(settings, {**{m: x.blocks for m, x in fused.items()}, **missing})
     meta = AdapterMeta(lora, config, None, iteration, peft=kept)
     return Adapter(folder, meta, shapes, origin, _notes(folder, fused, bare, folded), read)
 

@@ -25,6 +25,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of, guess_model_type
 from modellink_lora.models.family import Family, TensorSpec
+from modellink_lora.models.layouts import Replicated
 from modellink_lora.parallel.partition import Partition
 
 
@@ -154,6 +155,7 @@ def as_model(
     config = megatron_args.model_config(args, sizes, model_flags or {}, where=f"{flag} {root}")
     result = RankFiles(root, iteration, args, config, tree.base[0, 0][EMBEDDING].dtype, tree)
     _check_tensors(result)
+    _check_copies(result)
     return result
 
 
@@ -277,4 +279,19 @@ def _check_tensors(files: RankFiles) -> None:
                 raise UserError(
                     f"{where}: {name} has shape {tuple(tensors[name].shape)}, the model's dimensions make it {shape} "
                     f"at TP {files.tp}"
+                )
+
+
+def _check_copies(files: RankFiles) -> None:
+    """What every tensor-parallel rank keeps a copy of (norms, biases behind a sum) is the same on all of them."""
+    for spec in files.family.tensors(files.config):
+        if type(spec.layout) is not Replicated:
+            continue
+        stage = files._tree.stage_of(spec.name)
+        first, *others = (files._tree.base[rank, stage][spec.name] for rank in range(files.tp))
+        for rank, copy in enumerate(others, 1):
+            if not torch.equal(first, copy):
+                raise UserError(
+                    f"{files.folder}: the copies of {spec.name} on tensor-parallel ranks 0 and {rank} differ: files of "
+                    "different checkpoints are mixed up, or the run that wrote them was out of step"
                 )

@@ -1,16 +1,10 @@
-"""Writing Megatron rank files at any layout: every file is laid out first, with room for its tensors, and filled after.
-
-torch itself writes the archive, from tensors without data; this file finds the room it leaves and, at the end, puts
-the checksums in, so that the result is what `torch.save` would have made.
-"""
+"""Writing Megatron rank files at any layout: every file is laid out first, with room for its tensors, filled after."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
-import struct
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +19,10 @@ from modellink_lora.checkpoint.experts import holders, renumbered
 from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.hf import copy_companions
 from modellink_lora.checkpoint.names import to_legacy
-from modellink_lora.checkpoint.outfile import OutFile, Slot
+from modellink_lora.checkpoint.outfile import OutFile
 from modellink_lora.checkpoint.rank_tree import EMBEDDING, HEAD, HF_FILES, Spelling, rank_file, shard_shape
 from modellink_lora.checkpoint.store import iteration_folder, replacing_folder, write_tracker
+from modellink_lora.checkpoint.torch_file import put_checksums, torch_file
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
 from modellink_lora.models.family import TensorSpec
@@ -47,6 +42,7 @@ class RankLayout:
     spelling: Spelling
     dtype: torch.dtype
     ep: int = 1
+    complete: bool = True  # whether every setting in `config` is known, or some may be defaults of another program
 
     @property
     def tied_copy(self) -> bool:
@@ -130,7 +126,7 @@ def write_rank_files(
         jobs = [job(name) for name in places]
         fill(jobs, workers=workers, total=layout.total_bytes(), memory=memory, title=f"writing {target}")
         for file in files.values():
-            _put_checksums(file)
+            put_checksums(file)
             file.finish()
         if check is not None:
             check(temporary)
@@ -158,6 +154,8 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int,
         layout.config, tp=layout.tp, partition=layout.partition, legacy=layout.spelling == "legacy",
         dtype=layout.dtype, iteration=iteration, ep=layout.ep,
     )  # fmt: skip
+    if not layout.complete:
+        megatron_args.leave_open(args)
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]
     names: dict[int, str] = {}
@@ -172,50 +170,7 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int,
             _put(models[chunk], local, tensor, layout.spelling, tied=layout.tied_copy)
     keys = ["model"] if chunks == 1 else [f"model{chunk}" for chunk in range(chunks)]
     document = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **dict(zip(keys, models, strict=True))}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(document, path)
-    # storages are numbered in the order in which pickling meets them
-    slots = [Slot(names[id(t)], tuple(t.shape), t.dtype) for model in models for t in _leaves(model)]
-    rooms = _rooms(path)
-    assert [room.file_size for room, _ in rooms] == [slot.nbytes for slot in slots], f"{path}: unexpected archive"
-    offsets = {slot.name: offset for slot, (_, offset) in zip(slots, rooms, strict=True)}
-    return OutFile(path, slots, offsets, checksums=True)
-
-
-def _rooms(path: Path) -> list[tuple[zipfile.ZipInfo, int]]:
-    """Entry of every storage of a torch archive, in order of their numbers, and the offset of its first byte."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        found = []
-        for entry in archive.infolist():
-            head, _, number = entry.filename.rpartition("/")
-            if number.isdigit() and head.count("/") == 1 and head.endswith("/data"):
-                file.seek(entry.header_offset + 26)
-                lengths = sum(struct.unpack("<HH", file.read(4)))  # of name and extra field of the local header
-                found.append((int(number), entry, entry.header_offset + 30 + lengths))
-    return [(entry, offset) for _, entry, offset in sorted(found, key=lambda item: item[0])]
-
-
-def _put_checksums(file: OutFile) -> None:
-    """CRC-32 of every storage into the two places where a zip archive keeps it."""
-    rooms = _rooms(file.path)
-    with zipfile.ZipFile(file.path) as archive:
-        position, order = archive.start_dir, [entry.header_offset for entry in archive.infolist()]
-    crcs = {
-        entry.header_offset: (file.crc32[name], offset + entry.file_size)
-        for name, (entry, offset) in zip(file.slots, rooms, strict=True)
-    }
-    with file.path.open("rb") as read:
-        for header_offset in order:  # the central directory lists the entries in the same order
-            read.seek(position)
-            entry = read.read(46)
-            assert entry[:4] == b"PK\1\2", f"{file.path}: unexpected archive"
-            if header_offset in crcs:
-                crc, end = crcs[header_offset]
-                file.patch(struct.pack("<I", crc), position + 16)
-                read.seek(end)
-                assert read.read(4) == b"PK\7\x08", f"{file.path}: unexpected archive"  # the data descriptor
-                file.patch(struct.pack("<I", crc), end + 4)
-            position += 46 + sum(struct.unpack("<HHH", entry[28:34]))
+    return torch_file(path, document, [(names[id(t)], t) for model in models for t in _leaves(model)])
 
 
 def _put(model: dict[str, Any], name: str, tensor: Tensor, spelling: Spelling, *, tied: bool) -> None:

@@ -95,6 +95,33 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def adding_files(root: Path, last: str, *, instead_of: str) -> Iterator[Path]:
+    """A temporary folder whose files move into `root` when the block succeeds, `last` after all others.
+
+    Readers need `last`: it goes away before the files matching `instead_of`, which the new ones replace, and comes
+    back when those are on the disk. Other files in `root` stay.
+    """
+    temporary = _beside(root / last, "tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for inner in temporary.iterdir():
+            _to_disk(inner)
+        (root / last).unlink(missing_ok=True)
+        for old in root.glob(instead_of):
+            old.unlink()
+        for new in temporary.iterdir():
+            if new.name != last:
+                os.replace(new, root / new.name)
+        _to_disk(root)
+        os.replace(temporary / last, root / last)
+        _to_disk(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 

@@ -20,7 +20,6 @@ REFUSED = {
         "being told: leave the flag out"
     ),
     "num-experts": "the number of experts is read from config.json or the checkpoint: leave the flag out",
-    "spec": "layers are built from the model family; --model-type-hf and config.json choose it",
 }
 ACCEPTED = {
     "model-type": only("GPT", "only GPT models can be converted"),
@@ -30,6 +29,7 @@ ACCEPTED = {
     "max-queue-size": Accepted(1, "there is no queue: one process reads and writes"),
     "megatron-path": Accepted(1, "no Megatron source tree is needed"),
     "no-checking": Accepted(0, "names and shapes are always checked"),
+    "spec": Accepted("+", "the model's family says which tensors there are, and the files must hold exactly those"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
@@ -17,11 +18,13 @@ _SAVE_TYPES = {
     "save_huggingface_qwen": "hf",
     "save_huggingface_chatglm3": "hf",
     "huggingface_bloom": "hf",
+    "meta": "meta",
     "peft": "peft",
+    "gguf-adapter": "gguf-adapter",
     "adapter": "adapter",
     "adapter-ranks": "adapter-ranks",
 }
-_ADAPTERS = ("peft", "adapter", "adapter-ranks")  # results that hold the adapter of --lora-load alone
+_ADAPTERS = ("peft", "gguf-adapter", "adapter", "adapter-ranks")  # results that hold the adapter of --lora-load alone
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,17 @@ class ConvertConfig:
     load_model_type: str | None = flag(None, "what --load-dir holds", choices=("hf", "mg"))
     save_model_type: str | None = flag(
         None,
-        "what to write; the adapter of --lora-load alone: peft (PEFT's folder), adapter (this program's own format), "
-        "adapter-ranks (ModelLink's rank files, at the --target-... sizes)",
+        "what to write: mg (Megatron), hf (Hugging Face), meta (Meta's consolidated.NN.pth and params.json, as many as "
+        "--target-tensor-parallel-size); the adapter of --lora-load alone: peft (PEFT's folder), gguf-adapter "
+        "(llama.cpp's adapter.gguf), adapter (this program's own format), adapter-ranks (ModelLink's rank files, at "
+        "the --target-... sizes)",
         choices=tuple(_SAVE_TYPES),
     )
     model_type_hf: str | None = flag(None, "model family; config.json decides, this is compared with it")
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
-    target_tensor_parallel_size: int | None = flag(None, "tensor parallel size of the result; default 1")
+    target_tensor_parallel_size: int | None = flag(
+        None, "tensor parallel size of the result, for meta its number of files; default 1"
+    )
     target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1")
     target_expert_parallel_size: int | None = flag(
         None, "expert parallel size of the result; default 1", aliases=("target-expert-model-parallel-size",)
@@ -103,25 +110,28 @@ class ConvertConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
+        if self.load_from_legacy and self.source == "hf":
+            raise UserError("--load-from-legacy is about a Megatron checkpoint, and --load-dir is a Hugging Face model")
         if self.svd_rank and self.target != "peft":
             raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
         if self.verify_logits is not None and self.target not in ("hf", "mg"):
             raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
-        if self.target != "mg" and (self.target_expert_parallel_size or 1) != 1:
-            raise UserError(f"--target-expert-parallel-size is for --save-model-type mg, not {self.target}")
-        if self.target not in ("mg", "adapter-ranks"):
-            for name in ("num_layer_list", "num_layers_per_virtual_pipeline_stage"):
-                if getattr(self, name):
-                    raise UserError(
-                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
-                    )
-            for name in ("target_tensor_parallel_size", "target_pipeline_parallel_size"):
-                if (getattr(self, name) or 1) != 1:
-                    raise UserError(
-                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
-                    )
+        in_stages = ("mg", "adapter-ranks")
+        for name, kinds, ones in (
+            ("num_layer_list", in_stages, None),
+            ("num_layers_per_virtual_pipeline_stage", in_stages, None),
+            ("target_pipeline_parallel_size", in_stages, 1),
+            ("target_tensor_parallel_size", (*in_stages, "meta"), 1),
+            ("target_expert_parallel_size", ("mg",), 1),
+        ):
+            if name == "num_layers_per_virtual_pipeline_stage" and self.tells_interleaving:
+                continue
+            if self.target not in kinds and (getattr(self, name) or ones) != ones:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for --save-model-type {' or '.join(kinds)}, not {self.target}"
+                )
 
     @property
     def source(self) -> str:
@@ -130,12 +140,12 @@ class ConvertConfig:
 
     @property
     def target(self) -> str:
-        """`hf` or `mg`, or for an adapter alone `peft`, `adapter` or `adapter-ranks`."""
+        """`hf`, `mg` or `meta`, or for an adapter alone `peft`, `gguf-adapter`, `adapter` or `adapter-ranks`."""
         if self.save_model_type:
             return _SAVE_TYPES[self.save_model_type]
         if self.saver or self.loader or self.source == "hf":
             return "mg"
-        raise UserError("--save-model-type is missing: say mg, hf, peft, adapter or adapter-ranks")
+        raise UserError("--save-model-type is missing: say mg, hf, meta, peft, gguf-adapter, adapter or adapter-ranks")
 
     @property
     def exports_adapter(self) -> bool:
@@ -148,10 +158,36 @@ class ConvertConfig:
         return self.load_model_type is None and self.loader is not None
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Flags given that change nothing in this conversion -> why."""
+        ranks, legacy = self.target in ("mg", "adapter-ranks"), "it chooses the names of tensors in rank files"
+        rows: dict[str, tuple[bool, str]] = {
+            "save_to_legacy": (ranks, legacy),
+            "use_mcore_models": (ranks or self.source == "mg", legacy),
+            "make_vocab_size_divisible_by": (self.target == "mg", "only the vocabulary of a Megatron result is padded"),
+            "base_model_name_or_path": (self.target == "peft", "only adapter_config.json of PEFT names the base"),
+            "params_dtype": (not self.exports_adapter, "an adapter keeps the dtypes it has"),
+            "verify": (not self.exports_adapter, "only models are read again after writing"),
+            "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
+        }
+        return {
+            "--" + name.replace("_", "-"): reason
+            for name, (has_effect, reason) in rows.items()
+            if getattr(self, name) and not has_effect
+        }
+
+    @property
+    def tells_interleaving(self) -> bool:
+        """Whether --num-layers-per-virtual-pipeline-stage is about the source: the older spelling's loader has it."""
+        to_one = self.target == "hf" or self.target_pipeline_parallel_size == 1
+        older = self.keeps_layout and self.source == "mg"
+        return older and to_one and self.num_layers_per_virtual_pipeline_stage is not None
+
+    @property
     def layer_list(self) -> tuple[int, ...] | None:
         return parse_layer_list(self.num_layer_list) if self.num_layer_list else None
 
-    def spelling(self, source: str | None) -> str:
+    def spelling(self, source: Literal["mcore", "legacy"] | None) -> Literal["mcore", "legacy"]:
         """`mcore` or `legacy` names of a Megatron result; `source` is the spelling read, None for Hugging Face."""
         if self.save_to_legacy:
             return "legacy"

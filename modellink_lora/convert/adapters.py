@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modellink_lora.checkpoint.adapter import Adapter, write_adapter
+from modellink_lora.checkpoint.gguf_adapter import FILE, plan_gguf_adapter, write_gguf_adapter
 from modellink_lora.checkpoint.lora_rank_writer import common, write_lora_rank_files
 from modellink_lora.checkpoint.peft import CONFIG, scalings, write_peft
 from modellink_lora.checkpoint.peft_truncate import write_truncated
@@ -22,7 +23,7 @@ def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
     folder = Path(convert.save_dir)
     if folder.resolve() == Path(str(convert.lora_load)).resolve():
         raise UserError(f"--save-dir {convert.save_dir} is also --lora-load: choose another folder for the result")
-    there = folder / (CONFIG if convert.target == "peft" else TRACKER)
+    there = folder / {"peft": CONFIG, "gguf-adapter": FILE}.get(convert.target, TRACKER)
     if there.exists() and not convert.overwrite:
         raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
     for note in adapter.notes:
@@ -33,7 +34,7 @@ def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
         f"{convert.target}: {convert.lora_load} -> {folder}, {len(adapter.modules)} linears "
         f"({' '.join(lora.target_modules)}), rank {' and '.join(map(str, ranks))}"
     )
-    write = {"peft": _peft, "adapter": _own, "adapter-ranks": _ranks}[convert.target]
+    write = {"peft": _peft, "gguf-adapter": _gguf, "adapter": _own, "adapter-ranks": _ranks}[convert.target]
     return write(convert, adapter, folder, say)
 
 
@@ -65,11 +66,22 @@ def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
     return folder
 
 
+def _gguf(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
+    plan = plan_gguf_adapter(adapter)
+    for note in plan.notes:
+        say(f"note: {note}")
+    if _stops(convert, say):
+        return folder
+    write_gguf_adapter(folder / FILE, adapter, plan)
+    say(f"wrote {folder / FILE}, {2 * len(plan.names)} tensors, adapter.lora.alpha {plan.alpha:g}")
+    return folder
+
+
 def _own(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
     written = iteration_folder(folder, adapter.meta.iteration)
     if _stops(convert, say):
         return folder
-    write_adapter(written, {name: adapter.stored(name) for name in adapter.shapes}, adapter.meta)
+    write_adapter(written, {name: adapter.stored(name) for name in [*adapter.shapes, *adapter.replaced]}, adapter.meta)
     write_tracker(folder, adapter.meta.iteration)
     say(f"wrote {written}, {len(adapter.shapes)} tensors")
     return folder

@@ -114,21 +114,21 @@ def open_side(path: Path, base: Callable[[], ModelConfig] | None) -> Side:
         raise UserError(f"{path}: no such folder")
     itself = re.fullmatch(r"iter_\d{7}|release", path.name) and not (path / TRACKER).is_file()
     if (path / CONFIG).is_file():
-        return _adapter(open_adapter(path, flag="folder", base=base))
+        return _adapter(open_adapter(path, flag="folder", base=base, replacing=True))
     if (path / "config.json").is_file() and not (path / TRACKER).is_file():
         model = HfModel(path, flag="folder")
         return Side(f"{path}, Hugging Face {model.dtype}", model.names(), model.read, model.config.vocab_size)
     folder = path if itself else newest(path, flag="folder")
     if (folder / META).is_file() and not any(folder.glob("mp_rank_*")):
-        return _adapter(open_adapter(path, flag="folder", base=base))
+        return _adapter(open_adapter(path, flag="folder", base=base, replacing=True))
     tree = open_tree(folder, flag="folder")
     if not tree.holds_layers:
-        return _adapter(open_adapter(path, flag="folder", base=base))
+        return _adapter(open_adapter(path, flag="folder", base=base, replacing=True))
     root, iteration = (path.parent, tree.iteration) if itself else (path, read_tracker(path, flag="folder"))
     side = _model(as_model(tree, root, iteration, flag="folder"))
     if not tree.holds_adapter:
         return side
-    inside = _adapter(open_adapter(path, flag="folder", base=base))
+    inside = _adapter(open_adapter(path, flag="folder", base=base, replacing=True))
     model_read, names = side.read, set(side.names)
     return Side(
         f"{side.title}, with an adapter", side.names + inside.names,
@@ -148,7 +148,7 @@ def _adapter(adapter: Adapter) -> Side:
     lora = adapter.meta.lora
     numbers = {f"{module} scaling": lora.scaling_of(module) for module in adapter.modules}
     title = f"{adapter.folder}, adapter of rank {lora.r}, alpha {lora.alpha:g}"
-    return Side(title, list(adapter.shapes), adapter.read, None, numbers)
+    return Side(title, [*adapter.shapes, *sorted(adapter.replaced)], adapter.read, None, numbers)
 
 
 def _model_config(path: Path) -> ModelConfig:

@@ -18,6 +18,7 @@ import torch
 from modellink_lora.checkpoint import dtypes
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
+from modellink_lora.checkpoint.meta import MetaLayout
 from modellink_lora.checkpoint.outfile import Slot
 from modellink_lora.checkpoint.rank_tree import Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
@@ -25,6 +26,7 @@ from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
+from modellink_lora.convert.meta import meta_notes, meta_taken, meta_tokenizer, write_meta_folder
 from modellink_lora.convert.plan import Move, Plan, adapted_ranks, check_layout, job_memory, make_plan, padded, size
 from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
@@ -32,7 +34,7 @@ from modellink_lora.convert.transfer import Transfer
 from modellink_lora.convert.verify import verify
 from modellink_lora.parallel.partition import Partition
 
-HF_OUTPUT = "mg2hg"  # folder below --save-dir that scripts expect
+HF_OUTPUT, HF_OUTPUT_LINK = "mg2hg", "mg2hf"  # folder below --save-dir that scripts expect, and its other name
 _HF_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 Say = Callable[[str], None]
@@ -44,9 +46,13 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     Args:
         lora_flags: LoraConfig fields the user typed; they are compared with the adapter, never used instead.
     """
+    for name, reason in convert.without_effect.items():
+        say(f"{name} has no effect: {reason}")
     if convert.exports_adapter:
         adapter = open_merge(convert, lora_flags, (lambda: open_source(convert).config) if convert.load_dir else None)
         assert adapter is not None
+        if convert.load_dir and adapter.meta.base_fingerprint is not None:
+            check_base(open_source(convert), adapter, convert)
         with told_when_full(Path(convert.save_dir)):
             return export_adapter(convert, adapter, say)
     source = open_source(convert)
@@ -60,6 +66,11 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             notes.append(f"{convert.load_dir} holds a base and an adapter: the adapter is merged")
         elif Path(convert.lora_load).resolve() != source.files.root.resolve():
             notes.append(f"{convert.load_dir} holds an adapter beside the base: not used, {convert.lora_load} is")
+    if convert.target == "mg" and not source.is_known(convert):
+        notes.append(
+            f"{convert.load_dir} does not tell its vocabulary and rotary settings for certain, and the result will not "
+            "either: give them by flags as before, or put the model's config.json into --save-dir and convert again"
+        )
     adapter = open_merge(convert, lora_flags, lambda: source.config)
     if convert.verify_logits is not None and adapter is None:
         raise UserError(
@@ -87,6 +98,9 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             f"no config.json in {convert.load_dir}/hf or {convert.save_dir}: put the config.json and tokenizer files "
             "of the original Hugging Face model into --save-dir"
         )
+    if convert.target == "meta":
+        for note in meta_notes(plan, meta_tokenizer(companions)):
+            say(f"note: {note}")
     say(check_space(Path(convert.save_dir), plan.total_bytes))
     if convert.dry_run:
         say("dry run: nothing was written")
@@ -102,12 +116,17 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             if convert.verify:
                 say(verify(temporary, plan, transfer, spelling=_spelling(convert, source)))
 
-        folder = (
-            _write_hf(convert, plan, transfer, companions, check)
-            if convert.target == "hf" and companions is not None
-            else _write_ranks(convert, plan, transfer, source, companions, check)
-        )
+        if convert.target == "hf" and companions is not None:
+            folder = _write_hf(convert, plan, transfer, companions, check)
+        elif convert.target == "meta":
+            folder = write_meta_folder(
+                save, plan, transfer, tokenizer=meta_tokenizer(companions), workers=_workers(convert), check=check
+            )
+        else:
+            folder = _write_ranks(convert, plan, transfer, source, companions, check)
         seconds = written[0] - begin
+        if convert.target == "hf":
+            _link_other_name(folder, say)
         if adapter:
             report = MergeReport.of(transfer.changes, plan, adapter)
             path = Path(convert.merge_report or save / "merge_report.json")
@@ -119,6 +138,17 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
             say(f"what changed in each weight: {path}")
     say(f"wrote {folder}: {size(plan.total_bytes)} in {seconds:.1f} s, {size(plan.total_bytes / seconds)}/s")
     return folder
+
+
+def _link_other_name(folder: Path, say: Say) -> None:
+    """ModelLink's code says `mg2hf` where its documents say `mg2hg`: scripts that look there find the result too."""
+    link = folder.with_name(HF_OUTPUT_LINK)
+    if link.exists() and not link.is_symlink():
+        say(f"note: {link} is something else and stays as it is; the result is {folder}")
+        return
+    with contextlib.suppress(OSError):  # some file systems have no links
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
 
 
 def check_space(save: Path, needed: int) -> str:
@@ -152,10 +182,11 @@ def _check_free(convert: ConvertConfig, source: Source) -> None:
     if convert.overwrite:
         return
     save = Path(convert.save_dir)
-    taken = save / HF_OUTPUT if convert.target == "hf" else iteration_folder(save, _iteration(source))
-    other = convert.target == "mg" and (save / TRACKER).exists()
-    if taken.exists() or other:
-        there = taken if taken.exists() else save / TRACKER
+    places: dict[str, list[Path | None]] = {
+        "hf": [save / HF_OUTPUT], "meta": [meta_taken(save)],
+        "mg": [iteration_folder(save, _iteration(source)), save / TRACKER],
+    }  # fmt: skip
+    if there := next((place for place in places[convert.target] if place and place.exists()), None):
         raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
 
 
@@ -174,15 +205,17 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     stages = convert.target_pipeline_parallel_size or (keep.partition.stages if keep else 1)
     ep = convert.target_expert_parallel_size or (keep.ep if keep else 1)
     per_chunk, layers = convert.num_layers_per_virtual_pipeline_stage, source.config.num_layers
+    if convert.tells_interleaving:
+        per_chunk = None
     given = (convert.target_pipeline_parallel_size, convert.layer_list, per_chunk)
     if keep and not any(given):
         partition = keep.partition
     else:
         partition = Partition.of(layers, stages, convert.layer_list, per_chunk)
-    if convert.target == "hf":
-        tp, partition, ep = 1, Partition.of(layers, 1), 1
+    if convert.target in ("hf", "meta"):
+        tp, partition, ep = convert.target_tensor_parallel_size or 1, Partition.of(layers, 1), 1
         config = dataclasses.replace(source.config, padded_vocab_size=source.config.vocab_size)
-        where = f"{convert.save_dir}/{HF_OUTPUT}"
+        where = f"{convert.save_dir}/{HF_OUTPUT}" if convert.target == "hf" else f"{convert.save_dir} (Meta's format)"
     else:
         config = padded(source.config, tp, convert.make_vocab_size_divisible_by)
         where = f"{convert.save_dir} ({_spelling(convert, source)} names)"
@@ -191,8 +224,13 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
-    layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
-    total, targets = layout.total_bytes(), _rank_targets(layout)
+    if convert.target == "meta":
+        meta = MetaLayout(config, tp, dtype)
+        meta.check()
+        total, targets = meta.total_bytes(), meta.places()
+    else:
+        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
+        total, targets = layout.total_bytes(), _rank_targets(layout)
     if convert.target == "hf":
         targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
     return make_plan(
@@ -216,7 +254,7 @@ def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
 
 
 def _spelling(convert: ConvertConfig, source: Source) -> Spelling:
-    return "legacy" if convert.spelling(source.files.spelling if source.files else None) == "legacy" else "mcore"
+    return convert.spelling(source.files.spelling if source.files else None)
 
 
 def _write_hf(
@@ -263,6 +301,11 @@ def _write_ranks(
     check: Callable[[Path], None],
 ) -> Path:
     layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep)
+    if not source.is_known(convert):
+        config = plan.config
+        if source.config.vocab_size == source.config.padded_vocab_size:  # nobody knows how many of them are tokens
+            config = dataclasses.replace(config, vocab_size=config.padded_vocab_size)
+        layout = dataclasses.replace(layout, complete=False, config=config)
     return write_rank_files(
         Path(convert.save_dir),
         layout,

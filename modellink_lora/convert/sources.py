@@ -88,6 +88,10 @@ class Source:
 
         return stored
 
+    def is_known(self, convert: ConvertConfig) -> bool:
+        """Whether all settings of `config` are, from config.json or from files of this program."""
+        return self.files is None or names_its_model(self.files.args) or self.companions(convert) is not None
+
     def companions(self, convert: ConvertConfig) -> Path | None:
         """Folder with config.json and tokenizer files of this model, if there is one."""
         assert convert.load_dir is not None
@@ -119,12 +123,14 @@ def open_source(convert: ConvertConfig) -> Source:
         if convert.model_type_hf:
             check_name(convert.model_type_hf, source.family, where=f"--load-dir {path}")
     if convert.w_pack is not None:
-        packed = any("W_pack" in name for spec in source.family.tensors(source.config) for name in spec.hf)
-        if packed != (convert.w_pack.lower() == "true"):
+        qkv = source.family.tensor("decoder.layers.0.self_attention.linear_qkv.weight", source.config).hf
+        packed, said = len(qkv) == 1, convert.w_pack.lower() == "true"
+        if packed != said and (said or "W_pack" in qkv[0]):
             raise UserError(
                 f"--w-pack {convert.w_pack} contradicts --load-dir {path}, a {source.family.hf_model_types[0]} model, "
-                f"which {'has' if packed else 'has no'} W_pack: remove the flag"
+                f"which has q, k and v in {len(qkv)} tensor{'s' * (not packed)}: remove the flag"
             )
+    _check_interleaving(convert, source)
     for name in ("add_qkv_bias", "add_dense_bias", "embed_layernorm", "post_norm"):
         if getattr(convert, name) and not getattr(source.config, name):
             raise UserError(
@@ -132,6 +138,18 @@ def open_source(convert: ConvertConfig) -> Source:
                 "without it: remove the flag"
             )
     return source
+
+
+def _check_interleaving(convert: ConvertConfig, source: Source) -> None:
+    if not convert.tells_interleaving:
+        return
+    assert source.files is not None
+    said, where = convert.num_layers_per_virtual_pipeline_stage, source.files.partition
+    if where.chunks == 1 or {*where.counts} != {said}:
+        raise UserError(
+            f"--num-layers-per-virtual-pipeline-stage {said} contradicts --load-dir {convert.load_dir}, whose stages "
+            f"hold {where.describe()} layers: remove the flag"
+        )
 
 
 def _spelling_notes(convert: ConvertConfig, files: RankFiles) -> tuple[str, ...]:
@@ -220,7 +238,7 @@ def open_merge(
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    replacing = convert.target in ("mg", "hf") and convert.verify_logits is None
+    replacing = convert.target not in ("adapter-ranks", "gguf-adapter") and convert.verify_logits is None
     adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
     return adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,22 +34,30 @@ class Transfer:
     def part(self, move: Move, number: int) -> Iterator[Tensor]:
         """Blocks of the Hugging Face tensor `move.spec.hf[number]`."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.split(full)[number])
+        return self.blocks(move, lambda full: layout.split(full)[number])
 
     def shard(self, move: Move, rank: int, size: int) -> Iterator[Tensor]:
         """Blocks of one shard; shards are merged on their own, which gives the same bits and does no work twice."""
         layout = move.spec.layout
-        return self._blocks(move, lambda full: layout.shard(full, rank, size))
+        return self.blocks(move, lambda full: layout.shard(full, rank, size))
 
-    def _blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """Blocks of what `pick` takes from the full tensor: any rows, or columns where the layout cuts these."""
         stored = self.stored(move.spec.name)
         dimensions = stored.parts[0].dim()
         sizes = [part.shape[cut_dimension(move.spec.layout, dimensions)] for part in stored.parts]
         runs = runs_of(sizes, dimensions, join=stored.join, layout=move.spec.layout, pick=pick)
         if move.rank is None or self.adapter is None:
-            yield from self._copied(move, stored.parts, runs)
+            blocks = self._copied(move, stored.parts, runs)
         else:
-            yield from self._merged(move, stored.parts, runs, self.adapter)
+            blocks = self._merged(move, stored.parts, runs, self.adapter)
+        for block in blocks:
+            if not _is_finite(block):
+                raise UserError(
+                    f"{move.spec.name}: holds NaN or infinity, so the model computes nothing: training diverged, or a "
+                    "file is damaged; choose an earlier checkpoint"
+                )
+            yield block
 
     def _copied(self, move: Move, parts: Sequence[Tensor], runs: Runs) -> Iterator[Tensor]:
         same = all(part.dtype == self.dtype for part in parts)
@@ -85,6 +94,11 @@ class Transfer:
             yield result
         with self._lock:
             self.changes.setdefault(move.spec.name, Change()).add(change)
+
+
+def _is_finite(block: Tensor) -> bool:
+    """Whether every value is: the extremes tell it, NaN included, many times faster than looking at each."""
+    return not block.numel() or all(math.isfinite(end.item()) for end in block.aminmax())
 
 
 def _row_bytes(part: Tensor) -> int:

@@ -10,10 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from modellink_lora.checkpoint.hf import HfFolder
+from modellink_lora.checkpoint.meta import PARAMS, MetaLayout, read_meta, weights_file
 from modellink_lora.checkpoint.outfile import memory_of
 from modellink_lora.checkpoint.rank_files import as_model
 from modellink_lora.checkpoint.rank_tree import Spelling, open_tree
 from modellink_lora.config.errors import UserError
+from modellink_lora.convert.meta import meta_blocks
 from modellink_lora.convert.plan import Plan
 from modellink_lora.convert.transfer import Transfer
 
@@ -47,6 +49,11 @@ def _pairs(
         for move in plan.moves:
             for number, name in enumerate(move.spec.hf):
                 yield name, written.read(name), transfer.part(move, number)
+        return
+    if (folder / PARAMS).is_file():
+        layout = MetaLayout(plan.config, plan.tp, plan.dtype)
+        for tensor, rank, found in read_meta(folder, layout):
+            yield f"{tensor.name} of {weights_file(rank)}", found, meta_blocks(transfer, plan, tensor, rank)
         return
     tree = open_tree(folder, flag="--save-dir")
     files = as_model(tree, folder.parent, tree.iteration, flag="--save-dir")

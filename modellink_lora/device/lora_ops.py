@@ -60,7 +60,7 @@ class LoraOps:
             return dy @ B, dy.t() @ low
         U, dB = torch.empty_like(low, dtype=wide), torch.zeros_like(B, dtype=wide)
         right, left = B.to(wide), low.to(wide)
-        for rows in _blocks(*dy.shape, dy.device):
+        for rows in _blocks(len(dy), dy.shape[1], dy.device):
             part = dy[rows].to(wide)
             torch.mm(part, right, out=U[rows])
             dB.addmm_(part.t(), left[rows])
@@ -73,7 +73,7 @@ class LoraOps:
             dx.addmm_(U, A, alpha=scale)
             return
         left, right = U.to(wide) * scale, A.to(wide)
-        for rows in _blocks(*dx.shape, dx.device):
+        for rows in _blocks(len(dx), dx.shape[1], dx.device):
             part = left[rows] @ right
             if mask is not None:
                 _zero(part, mask.part(rows, _ALL))

@@ -145,7 +145,7 @@ def _redirect_tensor_methods(redirect: Redirect) -> None:
 
     tensor_type.redirected = True  # type: ignore[attr-defined]
     torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
-    torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign]
+    torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign,assignment]
 
 
 class _Stream:

@@ -67,8 +67,9 @@ def compare_logits(
         dataclasses.replace(convert, lora_load=convert.lora_load or convert.load_dir), lora_flags, lambda: source.config
     )
     before = _logits(source, adapter, ids, context, device)
-    kind = {"load_dir": str(merged), "load_model_type": "hf" if (merged / "config.json").is_file() else "mg"}
-    after = _logits(open_source(ConvertConfig(save_dir=convert.save_dir, **kind)), None, ids, context, device)
+    kind = "hf" if (merged / "config.json").is_file() else "mg"
+    result = ConvertConfig(save_dir=convert.save_dir, load_dir=str(merged), load_model_type=kind)
+    after = _logits(open_source(result), None, ids, context, device)
     gap = (before - after).abs().max().item()
     same = int((before.argmax(-1) == after.argmax(-1)).sum())
     say(

@@ -194,7 +194,7 @@ def shape_embedding(
         spec = norm_spec(config, device)
         embedding.norm = spec.module(megatron, config.hidden_size, config.norm_epsilon, **spec.params)
 
-    def hook(module: torch.nn.Module, args: Any, output: Tensor) -> Tensor:  # [b, s, h], or [s / t, b, h]
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:  # [b, s, h], or [s / t, b, h]
         if config.input_embeds_norm:  # the root is rounded to the model's dtype, as the source does
             output = output * torch.tensor(config.hidden_size**0.5, dtype=output.dtype, device=output.device)
         if config.scale_emb != 1.0:

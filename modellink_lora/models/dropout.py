@@ -87,7 +87,8 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return grad.masked_fill(dropped(*ctx.saved_tensors, ctx.p), 0).mul_(1 / (1 - ctx.p)), None, None, None
+        rows, columns = ctx.saved_tensors
+        return grad.masked_fill(dropped(rows, columns, ctx.p), 0).mul_(1 / (1 - ctx.p)), None, None, None
 
 
 class ResidualAdd(torch.nn.Module):

@@ -161,6 +161,14 @@ def lora_layouts(base: Layout) -> tuple[Layout, Layout]:
     return (Row(), Replicated()) if isinstance(base, Row) else (Replicated(), base)
 
 
+def neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k whose rotary pairs are the halves of a head, put so that they are neighbours.
+
+    Hugging Face and Megatron rotate row i together with row i + d/2, Meta's code and llama.cpp rows 2 i and 2 i + 1.
+    """
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
 def _block(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
     if full.shape[dim] % size:
         raise ValueError(f"dimension {dim} of {tuple(full.shape)} does not divide into {size} blocks")

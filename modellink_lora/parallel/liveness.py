@@ -79,7 +79,7 @@ class Liveness:
         if rank == 0:
             self._name(start[0], world_size)
             keys = [self._verdict, self._alarm, *self._beats]
-            self._store.multi_set(keys, ["", "", *["0 ?"] * world_size])
+            self._store.multi_set(keys, ["", "", *["0 ?"] * world_size])  # type: ignore[attr-defined]
         dist.broadcast_object_list(start, src=0, device=torch.device("cpu"))
         self._name(start[0], world_size)
         self._store_lost = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class CollectiveTimer(TorchDispatchMode):
     point messages are left alone: waiting for one before its partner is posted would never end.
     """
 
-    def __init__(self, clock: StepClock, kinds: dict[str, str]) -> None:
+    def __init__(self, clock: StepClock, kinds: Mapping[Any, str]) -> None:
         super().__init__()
         self._clock, self._kinds = clock, kinds  # group name -> part
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 COMMUNICATION = ("tensor communication", "pipeline communication", "data communication")
@@ -111,7 +111,7 @@ class Window:
     @property
     def split(self) -> dict[str, float] | None:
         """Milliseconds of the measured step by part, mean over ranks."""
-        return self.ranks and mean_split(self.ranks)
+        return mean_split(self.ranks) if self.ranks else None
 
     def metrics(self) -> dict[str, float]:
         """Scalars for metrics.jsonl and the trackers."""
@@ -147,6 +147,6 @@ class Window:
         return f" time split (ms) | {' | '.join(fields)} |"
 
 
-def mean_split(ranks: Sequence[dict[str, float]]) -> dict[str, float]:
+def mean_split(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Milliseconds by part, mean over `ranks`."""
     return {part: 1000 * sum(rank[part] for rank in ranks) / len(ranks) for part in PARTS}

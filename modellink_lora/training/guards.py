@@ -87,7 +87,8 @@ class Guards:
         found = torch.zeros_like(self._gradients)
         for number, linear in enumerate(self._linears):
             if layer := self._layers.get(linear.name):
-                gradients = [parameter.main_grad for parameter in (layer.lora_A, layer.lora_B)]
+                factors: tuple[Any, Any] = (layer.lora_A, layer.lora_B)  # megatron-core gave them a main_grad
+                gradients = [parameter.main_grad for parameter in factors]
                 found[number] = torch.stack([gradient.abs().max().float() for gradient in gradients]).max()
         self._gradients = torch.maximum(self._gradients, found)
 
@@ -161,7 +162,8 @@ class Guards:
         last = torch.tensor(-1, device=self._context.device)
         for number, linear in enumerate(self._linears):
             layer = self._layers.get(linear.name)
-            if layer and not all(p.main_grad.isfinite().all() for p in (layer.lora_A, layer.lora_B)):
+            factors: tuple[Any, ...] = (layer.lora_A, layer.lora_B) if layer else ()
+            if not all(p.main_grad.isfinite().all() for p in factors):
                 last.fill_(number)
         dist.all_reduce(last, op=dist.ReduceOp.MAX)
         if last < 0:

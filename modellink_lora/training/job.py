@@ -101,8 +101,9 @@ def fine_tune(
     )  # fmt: skip
     keeper = None
     if root:
-        limits = dict(limit=train.save_total_limit, in_background=train.async_save)
-        keeper = Keeper(root, context, **limits, say=reporter.say)
+        keeper = Keeper(
+            root, context, limit=train.save_total_limit, in_background=train.async_save, say=reporter.say
+        )  # fmt: skip
 
     def save(is_best: bool) -> None:
         assert keeper is not None

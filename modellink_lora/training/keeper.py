@@ -57,7 +57,7 @@ class Keeper:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        failure: list[str | None] = [self._error and f"{type(self._error).__name__}: {self._error}"]
+        failure: list[str | None] = [f"{type(self._error).__name__}: {self._error}" if self._error else None]
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
             raise UserError(

@@ -78,13 +78,13 @@ class Loop:
             due = train.save_interval and progress.iteration % train.save_interval == 0
             exits = train.exit_interval and progress.iteration % train.exit_interval == 0
             ends = last or exits or result.totals.stop
-            saves = self.save and (due or ends or (best and train.save_best))
+            saves = self.save is not None and (due or ends or (best and train.save_best))
             if saves or (interval and progress.iteration % interval == 0):
                 sync_parameters(train, self.chunks)
                 self.guards.check_replicas(progress.iteration)
             if ends:
                 self.guards.at_end()
-            if saves:
+            if self.save and saves:
                 with self.telemetry.paused():
                     self.save(best)
                 saved = progress.iteration

@@ -184,7 +184,7 @@ def reduced_gradients(
     sliced = isinstance(_megatron(optimizer), DistributedOptimizer)
     scale = float(optimizer.get_loss_scale())
     for name, parameter in parameters.items():
-        gradient = parameter.main_grad
+        gradient: Tensor = getattr(parameter, "main_grad")  # noqa: B009  megatron-core's own attribute
         if sliced:  # only a replica's own slice of the buffer is summed
             own, held = torch.zeros_like(gradient), _held(optimizer, parameter)
             if held is not None:

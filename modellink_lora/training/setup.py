@@ -102,7 +102,7 @@ def set_up(
         raise UserError(f"{device.describe()} has no {dtype}: choose another of --fp16, --bf16 or neither")
     partition = partition_of(context.config, base.config.num_layers)
     context.config.check_model(base.config)
-    notes = []
+    notes: list[str] = []
     linears = adapted_linears(base.family, base.config, lora)
     fingerprint: list[str | None] = [base.fingerprint() if context.is_main else None]
     dist.broadcast_object_list(fingerprint, src=0)

@@ -69,7 +69,10 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=pytest.mark.slow if x in ("tp4-sp", "tp2-sp, full recompute") else ()) for x in LAYOUTS],
+)
 def test_the_run_with_dropout_is_the_same_at_every_layout(layout: str, base: Path, plain: Path, tmp_path: Path) -> None:
     expected = plain / LAYOUTS[layout][2].get("loss_reduction", "micro-batch")
     assert tune(base, tmp_path, layout) == pytest.approx(losses(expected), rel=ROUNDING)

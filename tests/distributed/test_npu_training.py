@@ -51,7 +51,9 @@ def on_cpu(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
         ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--lora-fusion", "--use-mc2"),
-        ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1),
+        pytest.param(
+            ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1), marks=pytest.mark.slow
+        ),
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ],
     ids=["tp2-sp", "tp2-sp-fused", "pp2-vpp2-tied", "dp2-distributed-optimizer"],

@@ -14,6 +14,7 @@ on, qkv in groups and fc1 as [gate; up]; `decoder.layers.0.self_attention.linear
 from __future__ import annotations
 
 import argparse
+import enum
 import random
 import sys
 import types
@@ -196,6 +197,15 @@ def training_state() -> dict:
     }  # fmt: skip
 
 
+class _Format(enum.IntEnum):
+    """A tensor's memory format on the chip, as torch_npu calls it."""
+
+    ND = 2
+
+
+_Format.__module__, _Format.__qualname__ = "torch_npu.npu._format", "Format"
+
+
 class NpuTensor:
     """Pickles as torch_npu pickles a tensor of an Ascend device."""
 
@@ -205,7 +215,8 @@ class NpuTensor:
     def __reduce__(self) -> tuple:
         t = self.tensor.contiguous()
         storage = torch.storage.TypedStorage(wrap_storage=t.untyped_storage(), dtype=t.dtype, _internal=True)
-        return self.rebuild, (storage, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict(), (2,))
+        place = (storage, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict())
+        return self.rebuild, (*place, (_Format.ND,))
 
 
 def save_npu(document: dict, path: Path) -> None:
@@ -216,8 +227,9 @@ def save_npu(document: dict, path: Path) -> None:
         raise AssertionError("only its name is stored")
 
     _rebuild_npu_tensor.__module__, _rebuild_npu_tensor.__qualname__ = name, "_rebuild_npu_tensor"
-    modules = {part: types.ModuleType(part) for part in ("torch_npu", "torch_npu.utils", name)}
-    modules[name]._rebuild_npu_tensor = _rebuild_npu_tensor
+    parts = ("torch_npu", "torch_npu.utils", name, "torch_npu.npu", "torch_npu.npu._format")
+    modules = {part: types.ModuleType(part) for part in parts}
+    modules[name]._rebuild_npu_tensor, modules[parts[-1]].Format = _rebuild_npu_tensor, _Format
 
     def on_device(node: object) -> object:
         if isinstance(node, dict):

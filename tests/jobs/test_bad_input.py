@@ -280,7 +280,7 @@ def test_preprocessing_that_cannot_succeed(
 CONVERSIONS: list[tuple[str, dict[str, object], str]] = [
     ("a source that is not there", {"load-dir": "{root}/gone"}, "--load-dir {root}/gone: no such folder"),
     ("an empty source", {"load-dir": "{empty}"}, "--load-dir {empty}: holds no checkpoint"),
-    ("no kind of result", {"save-model-type": None}, "--save-model-type is missing: say mg, hf or peft"),
+    ("no kind of result", {"save-model-type": None}, "--save-model-type is missing: say mg, hf, "),
     ("no place for the result", {"save-dir": None}, "--save-dir is missing: say where the result goes"),
     ("the result over the source", {"save-dir": "{base}"}, "--save-dir {base} is also --load-dir: choose another"),
     ("heads that do not divide", {"target-tensor-parallel-size": 3},
@@ -302,7 +302,7 @@ CONVERSIONS: list[tuple[str, dict[str, object], str]] = [
     ("an adapter of another base", {"load-dir": "{other}", "lora-load": "{adapter}"},
      "--lora-load {adapter} was trained on another base than --load-dir {other}: their fingerprints differ"),
     ("another family", {"model-type-hf": "qwen2"}, "--model-type-hf qwen2 contradicts --load-dir {base}, which says"),
-    ("an unknown family", {"model-type-hf": "baichuan"}, "--model-type-hf baichuan is not supported; supported are"),
+    ("an unknown family", {"model-type-hf": "mamba"}, "--model-type-hf mamba is not supported; supported are"),
 ]
 # fmt: on
 

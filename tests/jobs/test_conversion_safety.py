@@ -22,7 +22,7 @@ import torch
 from modellink_lora.checkpoint.rank_files import FILE, open_rank_files
 from modellink_lora.cli.convert import main
 from modellink_lora.cli.main import run
-from tests.helpers.conversion import convert, random_adapter
+from tests.helpers.conversion import convert, hf_tensors, random_adapter
 from tests.helpers.made_model import Dimensions, made_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,24 +63,29 @@ def test_memory_does_not_grow_with_the_model(large: Path, tmp_path: Path) -> Non
     assert bytes_held(*to_hf) <= limit
 
 
-def test_a_killed_conversion_leaves_nothing_and_the_next_one_clears_away(large: Path, tmp_path: Path) -> None:
-    words = ("--load-model-type", "hf", "--load-dir", large, "--save-model-type", "mg", "--save-dir", tmp_path / "mg")
+@pytest.mark.parametrize("to, begun, left", [
+    ("mg", ".iter_*.tmp/mp_rank_00", ["hf", "iter_0000001", "latest_checkpointed_iteration.txt"]),
+    ("hf", ".mg2hg.*.tmp/*.safetensors", ["mg2hf", "mg2hg"]),
+])  # fmt: skip
+def test_a_killed_conversion_leaves_nothing_and_the_same_command_then_succeeds(
+    large: Path, tmp_path: Path, to: str, begun: str, left: list[str]
+) -> None:
+    save = tmp_path / "out"
+    words = ("--load-model-type", "hf", "--load-dir", large, "--save-model-type", to, "--save-dir", save)
     process = started(*words)
-    while process.poll() is None and not list((tmp_path / "mg").glob(".iter_*.tmp/mp_rank_00")):
+    while process.poll() is None and not list(save.glob(begun)):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    assert list((tmp_path / "mg").glob(".iter_*.tmp")), "killed before it wrote anything"
-    assert (
-        not list((tmp_path / "mg").glob("iter_*")) and not (tmp_path / "mg/latest_checkpointed_iteration.txt").exists()
-    )
-    small = made_model(tmp_path / "small", Dimensions())
-    convert(small, tmp_path / "mg", to="mg")
-    assert sorted(p.name for p in (tmp_path / "mg").iterdir()) == [
-        "hf", "iter_0000001", "latest_checkpointed_iteration.txt",
-    ]  # fmt: skip
-    assert open_rank_files(tmp_path / "mg").config.hidden_size == 8
+    assert list(save.glob(".*.tmp")), "killed before it wrote anything"
+    assert not [path.name for path in save.iterdir() if not path.name.startswith(".")]
+    assert main([str(word) for word in words]) == 0
+    assert sorted(path.name for path in save.iterdir()) == left
+    if to == "mg":
+        assert open_rank_files(save).config.hidden_size == LARGE.hidden
+    else:
+        assert torch.equal(hf_tensors(save / "mg2hf")["model.norm.weight"], hf_tensors(large)["model.norm.weight"])
 
 
 class Evil:

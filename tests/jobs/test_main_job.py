@@ -1,6 +1,7 @@
 """The main job through the top-level scripts, as a user types them: preprocess, convert, train on 4 processes, merge.
 
-Runs once on a real trained model with real Alpaca rows, and once on a generated model and generated rows.
+Runs on a real trained model with real Alpaca rows where they are at hand, else, and with the slow tests, on a generated
+model and generated rows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.shared import shared
+from tests.helpers.shared import is_there, shared
 from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +43,15 @@ def generated_rows(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["stories260K", "generated"])
+REAL = "models/stories260K-hf"
+GENERATED = pytest.param("generated", marks=pytest.mark.slow if is_there(REAL) else ())
+
+
+@pytest.fixture(scope="module", params=["stories260K", GENERATED])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "stories260K":
-        hf = shared("models/stories260K-hf")
+        hf = shared(REAL)
         return Source("stories260K", hf, shared("data/alpaca/alpaca_data_2k.parquet"), 384)
     hf = tiny_model("llama", folder / "hf", layers=5, tied=True, tokenizer=True, max_position_embeddings=512)
     return Source("generated", hf, generated_rows(folder / "rows.json"), 320)

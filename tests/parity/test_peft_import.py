@@ -83,6 +83,7 @@ def test_the_merged_model_computes_what_peft_computes(family: str, settings: dic
 
 
 def test_modules_that_were_trained_as_a_whole_take_their_place_when_merging(hf: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
@@ -97,8 +98,17 @@ def test_modules_that_were_trained_as_a_whole_take_their_place_when_merging(hf: 
                 **({"target_tensor_parallel_size": 2} if to == "mg" else {}))  # fmt: skip
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf/mg2hg")
     assert distance(logits(merged, IDS), logits(model, IDS)) < TOLERANCE
-    with pytest.raises(UserError, match=r"replaces .*output_layer\.weight as a whole \(modules_to_save\), which only"):
-        adapter_alone(tmp_path / "peft", tmp_path / "own", to="adapter", base=hf)
+    adapter_alone(tmp_path / "peft", tmp_path / "own", to="adapter", base=hf)
+    adapter_alone(tmp_path / "own", tmp_path / "again", to="peft")
+    found, expected = hf_tensors(tmp_path / "again"), hf_tensors(tmp_path / "peft")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    adapter_alone(tmp_path / "own", tmp_path / "cut", to="peft", svd_rank=4)
+    for folder in ("again", "cut"):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf), str(tmp_path / folder))
+        assert distance(logits(loaded.eval(), IDS), logits(model, IDS)) < TOLERANCE
+    for source, more in (("peft", {"base": hf}), ("own", {})):
+        with pytest.raises(UserError, match=r"replaces .*output_layer\.weight as a whole \(modules_to_save\): merge"):
+            adapter_alone(tmp_path / source, tmp_path / "ranks", to="adapter-ranks", **more)
 
 
 @pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)

@@ -29,14 +29,15 @@ from tests.helpers.training import (
     write_corpus,
 )
 
+FEW = 10  # steps after which a mutant shows
 STEPS, R, ALPHA, LR, SEED = 50, 4, 8.0, 5e-3, 1234
 # fp32: a relative difference of 1e-7 per operation, in sums whose order differs between layouts, grows over 50 steps
 LOSS_TOLERANCE, ADAPTER_TOLERANCE = 1e-5, 1e-4
-MODELS = {  # family, tied embeddings, dropout
-    "llama-tied": ("llama", True, 0.1),
-    "llama-untied": ("llama", False, 0.0),
-    "qwen2-tied": ("qwen2", True, 0.0),
-    "qwen2-untied": ("qwen2", False, 0.0),
+MODELS = {  # family, tied embeddings, dropout, layers
+    "llama-tied": ("llama", True, 0.1, 4),
+    "llama-untied": ("llama", False, 0.0, 2),
+    "qwen2-tied": ("qwen2", True, 0.0, 2),
+    "qwen2-untied": ("qwen2", False, 0.0, 2),
 }
 TP2, SP, PP2 = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
 VPP2 = {"num_layers_per_virtual_pipeline_stage": 1}  # two runs of one layer on each of two stages
@@ -69,6 +70,7 @@ MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 @dataclass(frozen=True)
 class Case:
     base: Path
+    layers: int
     dropout: float
     prefix: str
     losses: list[float]
@@ -82,8 +84,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def case(name: str, shared_a: bool = True) -> Case:
-        family, tied, dropout = MODELS[name]
-        hf = tiny_model(family, folder / f"{name}-hf", layers=4, tied=tied)
+        family, tied, dropout, layers = MODELS[name]
+        hf = tiny_model(family, folder / f"{name}-hf", layers=layers, tied=tied)
         base = hf_to_megatron(hf, folder / f"{name}-mg")
         reference = peft_reference.train(
             hf,
@@ -95,7 +97,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Any:
             shared_a=shared_a,
             dropout=dropout,
         )
-        return Case(base, dropout, prefix, *reference)
+        return Case(base, layers, dropout, prefix, *reference)
 
     return case
 
@@ -114,15 +116,15 @@ def reference_batches(prefix: str) -> list[list[dict[str, torch.Tensor]]]:
 
 
 def ours(
-    case: Case, save: Path, layout: str, mutant: str | None = None, **more: Any
-) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    case: Case, save: Path, layout: str, mutant: str | None = None, steps: int = STEPS, **more: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and adapter of the run; `more` are further TrainConfig fields. A fused run must be fused everywhere."""
     world, parallel, settings = (LAYOUTS | MORE)[layout]
     run(
         fine_tune_here,
         world_size=world,
         train=train_flags(
-            train_iters=STEPS, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings, **more
+            train_iters=steps, lr=LR, min_lr=LR, seed=SEED, load=str(case.base), save=str(save), **settings, **more
         ),
         data={"data_path": (case.prefix,), "seq_length": 32},
         parallel=parallel,
@@ -130,14 +132,14 @@ def ours(
         mutant=mutant,
     )
     fusion = read_record(save)["fusion"]["rows"]
-    assert sum(int(count) for _, count, *_ in fusion) == (4 * len(TARGETS) if more.get("lora_fusion") else 0)
+    assert sum(int(count) for _, count, *_ in fusion) == (case.layers * len(TARGETS) if more.get("lora_fusion") else 0)
     assert all(int(owned) == 0 for _, _, _, owned, *_ in fusion) or more.get("lora_fusion_level") == "L0"
     return losses(save), adapter_tensors(save)
 
 
 def loss_error(found: list[float], expected: list[float]) -> float:
-    assert len(found) == len(expected) == STEPS
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    assert len(found) in (STEPS, FEW) and len(expected) == STEPS
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=False))
 
 
 def adapter_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -150,9 +152,23 @@ CASES = sorted(
     [(model, layout) for model in MODELS for layout in LAYOUTS] + [("llama-tied", layout) for layout in MORE],
     key=lambda case: (LAYOUTS | MORE)[case[1]][0],
 )
+# Of each kind of layout, schedule and model some; all others run with the slow tests.
+SOON = {("qwen2-untied", layout) for layout in LAYOUTS}
+SOON |= {(model, layout) for model in MODELS for layout in ("tp1", "tp2-pp2-sp")}
+SOON |= {("llama-tied", layout) for layout in (
+    "uniform-recompute", "block-recompute-pp2", "selective-recompute-tp2-sp",
+    "pp2-vpp2-dp2-distributed-optimizer-overlapped",
+)}  # fmt: skip
+SOON_FUSED = {("qwen2-untied", "tp2-sp")} | {("llama-tied", layout) for layout in (
+    "tp2", "tp2-pp2-sp", "uniform-recompute", "pp2-vpp2-dp2-distributed-optimizer-overlapped",
+)}  # fmt: skip
 
 
-@pytest.mark.parametrize("model, layout", CASES)
+def marked(soon: set[tuple[str, str]]) -> list[Any]:
+    return [pytest.param(*case, marks=() if case in soon else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("model, layout", marked(SOON))
 def test_losses_and_adapters_equal_peft(model: str, layout: str, cases: Any, tmp_path: Path) -> None:
     case = cases(model)
     assert case.losses[-1] < 0.7 * case.losses[0], "the rate must move the model, or a wrong gradient would pass"
@@ -161,14 +177,7 @@ def test_losses_and_adapters_equal_peft(model: str, layout: str, cases: Any, tmp
     assert adapter_error(found_adapter, case.adapter) < ADAPTER_TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "model, layout",
-    # with dropout at every layout, with biases at the common ones; the other models run it with the slow tests
-    [
-        pytest.param(*case, marks=() if case[0] in ("llama-tied", "qwen2-untied") else pytest.mark.slow)
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("model, layout", marked(SOON_FUSED))
 def test_the_fused_path_equals_peft_as_the_plain_one_does(model: str, layout: str, cases: Any, tmp_path: Path) -> None:
     case = cases(model)
     found_losses, found_adapter = ours(case, tmp_path / "run", layout, **FUSED)
@@ -189,29 +198,27 @@ def test_every_level_of_the_fused_path_equals_peft(level: str, cases: Any, tmp_p
 )
 def test_a_broken_fused_path_is_noticed(mutant: str, layout: str, cases: Any, tmp_path: Path) -> None:
     case = cases("qwen2-tied")
-    found_losses, found_adapter = ours(case, tmp_path / "run", layout, mutant, **FUSED)
+    found_losses, _ = ours(case, tmp_path / "run", layout, mutant, FEW, **FUSED)
     assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE
-    assert adapter_error(found_adapter, case.adapter) > 10 * ADAPTER_TOLERANCE
 
 
 def test_a_fused_factor_whose_gradient_is_not_summed_stops_the_run(cases: Any, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is not the same on all tensor-parallel ranks"):
-        ours(cases("llama-tied"), tmp_path / "run", "tp2", "replicated factor not summed", **FUSED)
+        ours(cases("qwen2-tied"), tmp_path / "run", "tp2", "replicated factor not summed", FEW, **FUSED)
 
 
 def test_a_factor_whose_gradient_is_not_summed_stops_the_run(cases: Any, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="lora_B is not the same on all tensor-parallel ranks"):
-        ours(cases("llama-tied"), tmp_path / "run", "tp2-sp", "replicated factor not summed")
+        ours(cases("qwen2-tied"), tmp_path / "run", "tp2-sp", "replicated factor not summed", FEW)
 
 
 def test_a_wrong_gradient_is_noticed(cases: Any, tmp_path: Path) -> None:
-    case = cases("llama-tied")
-    found_losses, found_adapter = ours(case, tmp_path / "run", "tp2-sp", "no LoRA term in dX")
+    case = cases("qwen2-tied")
+    found_losses, _ = ours(case, tmp_path / "run", "tp2-sp", "no LoRA term in dX", FEW)
     assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE
-    assert adapter_error(found_adapter, case.adapter) > 10 * ADAPTER_TOLERANCE
 
 
 def test_an_untied_a_is_noticed(cases: Any, tmp_path: Path) -> None:
-    case = cases("llama-tied", shared_a=False)
-    found_losses, _ = ours(case, tmp_path / "run", "tp2-sp")
+    case = cases("qwen2-tied", shared_a=False)
+    found_losses, _ = ours(case, tmp_path / "run", "tp1", None, FEW)
     assert loss_error(found_losses, case.losses) > 10 * LOSS_TOLERANCE

@@ -50,6 +50,17 @@ _SIGNS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# Some published config.json have no model_type, only the class in them.
+_CLASSES = {"MiniCPMForCausalLM": "minicpm"}
+
+
+def with_model_type(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its model_type, which follows from its class where it is left out."""
+    named = (_CLASSES[name] for name in config.get("architectures") or () if name in _CLASSES)
+    model_type = config.get("model_type") or next(named, None)
+    return {**config, "model_type": model_type} if model_type else config
+
+
 def family_of(hf_model_type: str) -> Family:
     """The family of a `model_type` of config.json. Raises UserError listing what there is."""
     for family in FAMILIES:

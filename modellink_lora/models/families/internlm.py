@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import llama_rows, read_llama_like, rows
+from modellink_lora.models.families.common import llama_rows, only, read_llama_like, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import GroupedQKV
 
 
 def _read_internlm(config: dict[str, Any]) -> ModelConfig:
-    bias = bool(config.get("bias", True))
-    return read_llama_like(config, add_qkv_bias=bias, add_dense_bias=bias)
+    bias, rotary = bool(config.get("bias", True)), config.get("rotary") or {}
+    kind = rotary.get("type", "origin")
+    only({"rotary.type": kind}, "rotary.type", "origin", "dynamic")
+    rope: dict[str, Any] = {"rope_theta": rotary["base"]} if "base" in rotary else {}
+    if kind == "dynamic":
+        rope["rope_scaling"] = {"type": kind, "factor": rotary.get("scaling_factor", 1.0)}
+    return read_llama_like({**config, **rope}, add_qkv_bias=bias, add_dense_bias=bias)
 
 
 def _read_internlm2(config: dict[str, Any]) -> ModelConfig:

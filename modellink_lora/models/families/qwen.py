@@ -9,8 +9,16 @@ from modellink_lora.models.families.common import ends, only, required, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import StackedQKV
 
+# The first published config.json of Qwen-7B names these as GPT-2 does.
+_FIRST = {
+    "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size", "n_positions": "max_position_embeddings", "embd_pdrop": "emb_dropout_prob",
+    "attn_pdrop": "attn_dropout_prob",
+}  # fmt: skip
+
 
 def _read_config(config: dict[str, Any]) -> ModelConfig:
+    config = {**{new: config[old] for old, new in _FIRST.items() if old in config}, **config}
     for key, values in (("no_bias", (True,)), ("rotary_pct", (1.0, 1)), ("scale_attn_weights", (True,)),
                         ("emb_dropout_prob", (0.0, 0))):  # fmt: skip
         only(config, key, *values)
