@@ -23,7 +23,7 @@ from tests.golden import modellink_adapter, modellink_base
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
 from tests.helpers.made_model import Dimensions, made_model, made_sharded_model
 
-SIZE = Dimensions(layers=2)
+SIZE = Dimensions(layers=2, hidden=16)
 NORM, BIAS = "decoder.layers.1.input_layernorm.weight", "decoder.layers.0.self_attention.linear_proj.bias"
 INDEX = "model.safetensors.index.json"
 
@@ -72,7 +72,7 @@ def full(model: Path) -> dict[str, torch.Tensor]:
     tensors = modellink_base.megatron_tensors(hf_tensors(model), modellink_base.LLAMA, heads=4, groups=2)
     for layer in range(SIZE.layers):
         at = f"decoder.layers.{layer}.self_attention."
-        tensors |= {f"{at}linear_qkv.bias": torch.rand(32), f"{at}linear_proj.bias": torch.rand(8)}
+        tensors |= {f"{at}linear_qkv.bias": torch.rand(32), f"{at}linear_proj.bias": torch.rand(16)}
     return tensors
 
 
@@ -108,7 +108,7 @@ def test_copies_of_a_tensor_that_differ_between_ranks(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["NaN", "infinity"])
-@pytest.mark.parametrize("to", ["mg", "hf"])
+@pytest.mark.parametrize("to", ["mg", "hf", "meta"])
 def test_weights_that_are_no_numbers(
     to: str, value: float, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +138,7 @@ def test_an_adapter_that_is_no_number(model: Path, tmp_path: Path, capsys: pytes
     assert line.startswith("error: decoder.layers.0.mlp.linear_fc1.weight: holds NaN or infinity")
 
 
-@pytest.mark.parametrize("to", ["peft", "adapter", "adapter-ranks"])
+@pytest.mark.parametrize("to", ["peft", "adapter", "adapter-ranks", "gguf-adapter"])
 def test_an_adapter_is_not_exported_for_another_base(
     to: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,7 +209,7 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(
         edit(load, lambda document: document.update(evil))
     elif where == "adapter in rank files":
         load, plain = model, {name: tensor for name, tensor in full.items() if not name.endswith("bias")}
-        factors = {"lora_A": torch.rand(2, 16), "lora_B": torch.rand(8, 2)}
+        factors = {"lora_A": torch.rand(2, 16), "lora_B": torch.rand(16, 2)}
         adapter = {f"decoder.layers.{i}.self_attention.linear_proj.{n}": t for i in (0, 1) for n, t in factors.items()}
         words = ["--lora-load", modellink_adapter.write(tmp_path / "lora", plain, adapter, heads=4, groups=2)]
         edit(tmp_path / "lora", lambda document: document.update(evil))
