@@ -112,18 +112,21 @@ class ConvertConfig:
             raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
         if self.workers < 0:
             raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
-        in_stages = ("mg", "adapter-ranks")
-        for name, kinds, ones in (
-            ("num_layer_list", in_stages, None),
-            ("num_layers_per_virtual_pipeline_stage", in_stages, None),
-            ("target_pipeline_parallel_size", in_stages, 1),
-            ("target_tensor_parallel_size", (*in_stages, "meta"), 1),
-        ):
-            if self.target not in kinds and (getattr(self, name) or ones) != ones:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is for --save-model-type {', '.join(kinds[:-1])} or {kinds[-1]}, "
-                    f"not {self.target}"
-                )
+        if self.target not in ("mg", "adapter-ranks"):
+            for name in ("num_layer_list", "num_layers_per_virtual_pipeline_stage"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type mg or adapter-ranks, not {self.target}"
+                    )
+            for name, kinds in (
+                ("target_tensor_parallel_size", ("mg", "meta", "adapter-ranks")),
+                ("target_pipeline_parallel_size", ("mg", "adapter-ranks")),
+            ):
+                if (getattr(self, name) or 1) != 1 and self.target not in kinds:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} is for --save-model-type {', '.join(kinds[:-1])} or {kinds[-1]}, "
+                        f"not {self.target}"
+                    )
 
     @property
     def source(self) -> str:

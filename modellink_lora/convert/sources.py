@@ -217,7 +217,7 @@ def open_merge(
     given = dict(lora_flags)
     if "target_modules" in given:
         given["target_modules"] = resolve_targets(given["target_modules"])
-    replacing = not convert.exports_adapter and convert.verify_logits is None
+    replacing = convert.target in ("mg", "hf", "meta") and convert.verify_logits is None
     adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
     return adapter
