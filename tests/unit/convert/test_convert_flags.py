@@ -42,6 +42,9 @@ def test_both_generations_of_flags(fields: dict[str, str], meaning: tuple[str, s
     ({"load_model_type": "mg", "loader": "llama2_hf", "save_model_type": "mg"}, "--loader llama2_hf contradicts"),
     ({"save_model_type": "peft"}, "name it with --lora-load"),
     ({"save_model_type": "hf", "target_tensor_parallel_size": 2}, "--target-tensor-parallel-size is for"),
+    ({"save_model_type": "meta", "num_layer_list": "1,1"}, "--num-layer-list is for --save-model-type mg or"),
+    ({"save_model_type": "meta", "verify_logits": "1,2"}, "--verify-logits compares a merged model"),
+    ({"save_model_type": "gguf-adapter"}, "name it with --lora-load"),
     ({"save_model_type": "mg", "target_tensor_parallel_size": 0}, "must be at least 1"),
     ({"save_model_type": "mg", "load_from_legacy": True, "save_to_legacy": True}, "change nothing"),
 ])  # fmt: skip

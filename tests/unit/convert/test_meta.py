@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -119,6 +120,19 @@ def test_a_file_is_what_torch_saves(tmp_path: Path) -> None:
         assert archive.testzip() is None
     plain, mapped = (torch.load(path, weights_only=True, mmap=mmap) for mmap in (False, True))
     assert equal(plain, mapped) and type(plain["norm.weight"]) is torch.Tensor
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    size = Dimensions(layers=6, heads=8, groups=4, head_dim=128, hidden=1024, ffn=2816, vocab=16000,
+                      dtype=torch.bfloat16)  # fmt: skip  # 207 MB, of which the largest tensor has 33 MB
+    hf = made_model(tmp_path / "hf", size)
+    words = ["--load-model-type", "hf", "--load-dir", hf, "--save-model-type", "meta", "--save-dir", tmp_path / "out",
+             "--target-tensor-parallel-size", "2", "--lora-load", random_adapter(tmp_path / "a", hf)]  # fmt: skip
+    done = subprocess.run([sys.executable, ROOT / "tests/helpers/conversion_program.py", *words], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    held = re.search(r"^anonymous (\d+)$", done.stdout, re.MULTILINE)
+    assert held and int(held.group(1)) <= 2 * 16000 * 1024 * 2 + 64 * 2**20, done.stderr
 
 
 def test_a_result_is_replaced_as_a_whole_and_only_when_told(tmp_path: Path) -> None:

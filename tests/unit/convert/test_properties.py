@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from modellink_lora.convert.rows import runs_of
 from modellink_lora.models.families import family_of
 from modellink_lora.models.layouts import QKV, Column, GateUp, Layout, Replicated, Row, Vocab
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
+from tests.helpers.made_family import DOCUMENTS, made_family
 from tests.helpers.made_model import Dimensions, made_model
 
 # each example converts several times: few of them, the same ones on every machine
@@ -81,6 +83,22 @@ def test_there_over_two_layouts_and_back_is_every_byte(data: st.DataObject) -> N
         convert(source, root / "a", to="mg", **first)
         convert(root / "a", root / "b", to="mg", **second)
         convert(root / "b", root / "out", to="hf", verify=True)
+        assert same_bytes(root / "out/mg2hg", source)
+
+
+@FEW
+@given(st.data())
+def test_there_and_back_is_every_byte_in_every_family(data: st.DataObject) -> None:
+    drawn = data.draw(sizes())
+    size = dataclasses.replace(
+        drawn, family=data.draw(st.sampled_from(sorted(DOCUMENTS))), experts=0, head_dim=4 * drawn.head_dim
+    )
+    layout = data.draw(layouts(size))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        source = made_family(root / "source", size)
+        convert(source, root / "a", to="mg", **layout)
+        convert(root / "a", root / "out", to="hf")
         assert same_bytes(root / "out/mg2hg", source)
 
 
