@@ -38,7 +38,8 @@ def _own_heads(size: Dimensions) -> _Document:
 
 def _chatglm(size: Dimensions) -> _Document:
     return {
-        "num_layers": size.layers, "hidden_size": size.hidden, "ffn_hidden_size": size.ffn, "kv_channels": size.head_dim,
+        "num_layers": size.layers, "hidden_size": size.hidden, "ffn_hidden_size": size.ffn,
+        "kv_channels": size.head_dim,
         "num_attention_heads": size.heads, "multi_query_attention": True, "multi_query_group_num": size.groups,
         "seq_length": 64, "padded_vocab_size": size.vocab, "add_qkv_bias": True,
     }  # fmt: skip
@@ -55,7 +56,9 @@ def _bloom(size: Dimensions) -> _Document:
 
 # model_type -> its config.json
 DOCUMENTS: dict[str, Callable[[Dimensions], _Document]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "glm", "glm4", "internlm2", "minicpm"), _llama),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "glm", "glm4", "internlm2", "minicpm"), _llama
+    ),
     **dict.fromkeys(("internlm", "baichuan", "index"), _own_heads),
     "chatglm": _chatglm, "qwen": _qwen, "bloom": _bloom,
 }  # fmt: skip
