@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.outfile import OutFile
@@ -220,8 +219,7 @@ def write_meta(
     with adding_files(root, PARAMS, instead_of=WEIGHTS) as temporary, contextlib.ExitStack() as stack:
         files: list[OutFile] = []
         for rank in range(layout.size):
-            with FakeTensorMode():
-                tensors = {t.name: torch.empty(t.shape, dtype=layout.dtype) for t in layout.tensors()}
+            tensors = {t.name: torch.empty(t.shape, dtype=layout.dtype) for t in layout.tensors()}
             file = torch_file(temporary / weights_file(rank), tensors, list(tensors.items()))
             files.append(stack.enter_context(file))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modellink_lora.checkpoint import dtypes, megatron_args
 from modellink_lora.checkpoint.experts import holders, renumbered
@@ -159,15 +158,14 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int,
     chunks = layout.partition.chunks
     models: list[dict[str, Any]] = [{} for _ in range(chunks)]
     names: dict[int, str] = {}
-    with FakeTensorMode():
-        for spec, name, held_by, chunk in layout.places():
-            if held_by != stage or expert not in layout.holders(name):
-                continue
-            tensor = torch.empty(layout.shard_shape(spec, rank), dtype=layout.dtype)
-            names[id(tensor)] = name
-            first = expert * (layout.config.num_experts // layout.ep)
-            local = renumbered(layout.partition.to_local(name, stage, chunk), -first)
-            _put(models[chunk], local, tensor, layout.spelling, tied=layout.tied_copy)
+    for spec, name, held_by, chunk in layout.places():
+        if held_by != stage or expert not in layout.holders(name):
+            continue
+        tensor = torch.empty(layout.shard_shape(spec, rank), dtype=layout.dtype)
+        names[id(tensor)] = name
+        first = expert * (layout.config.num_experts // layout.ep)
+        local = renumbered(layout.partition.to_local(name, stage, chunk), -first)
+        _put(models[chunk], local, tensor, layout.spelling, tied=layout.tied_copy)
     keys = ["model"] if chunks == 1 else [f"model{chunk}" for chunk in range(chunks)]
     document = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **dict(zip(keys, models, strict=True))}
     return torch_file(path, document, [(names[id(t)], t) for model in models for t in _leaves(model)])

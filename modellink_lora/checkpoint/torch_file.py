@@ -1,7 +1,8 @@
 """A file as `torch.save` makes it, laid out with room for its tensors and filled later.
 
-torch itself writes the archive, from tensors without data; this file finds the room it leaves and, at the end, puts
-the checksums in, so that the result is what `torch.save` would have made of the filled tensors.
+torch itself writes the archive, from tensors whose memory nobody touches, so that they have addresses and no pages.
+This file finds the room it leaves and, at the end, puts the checksums in, so that the result is what `torch.save` would
+have made of the filled tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def torch_file(path: Path, document: Any, tensors: Sequence[tuple[str, Tensor]])
     """The file of `document` with everything in it but the values of its tensors.
 
     Args:
-        tensors: (name they are filled by, tensor without data) in the order in which pickling meets them.
+        tensors: (name they are filled by, `torch.empty` of their size) in the order in which pickling meets them.
     """
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
+    with torch.serialization.skip_data():
         torch.save(document, path)
     slots = [Slot(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
     rooms = _rooms(path)  # storages are numbered in the order of pickling

@@ -51,7 +51,7 @@ class Column(Replicated):
         return _block(full, 0, rank, size)
 
     def gather(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), dim=0)
+        return _cat(shards)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row(Replicated):
         return _block(full, 1, rank, size)
 
     def gather(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), dim=1)
+        return _cat(shards, dim=1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class QKV(Column):
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         q, k, v = parts
         grouped = [part.reshape(self.groups, -1, *part.shape[1:]) for part in (q, k, v)]
-        return torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
+        return _cat(grouped, dim=1).reshape(-1, *q.shape[1:])
 
     def split(self, full: Tensor) -> list[Tensor]:
         rows = (self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim)
@@ -106,7 +106,7 @@ class StackedQKV(QKV):
         return super().fuse(stacked.split(rows))
 
     def split(self, full: Tensor) -> list[Tensor]:
-        return [torch.cat(super().split(full))]
+        return [_cat(super().split(full))]
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,17 @@ class GateUp(Column):
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
         gate, up = parts
-        return torch.cat([gate, up], dim=0)
+        return _cat([gate, up])
 
     def split(self, full: Tensor) -> list[Tensor]:
         return list(full.chunk(2, dim=0))
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return torch.cat([_block(half, 0, rank, size) for half in full.chunk(2, dim=0)], dim=0)
+        return _cat([_block(half, 0, rank, size) for half in full.chunk(2, dim=0)])
 
     def gather(self, shards: Sequence[Tensor]) -> Tensor:
         halves = [shard.chunk(2, dim=0) for shard in shards]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], dim=0)
+        return _cat([gate for gate, _ in halves] + [up for _, up in halves])
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Vocab(Column):
         (full,) = parts
         full = full[: self.rows]
         extra = self.padded - full.shape[0]
-        return torch.cat([full, full[-1:].expand(extra, *full.shape[1:])]) if extra else full
+        return _cat([full, full[-1:].expand(extra, *full.shape[1:])]) if extra else full
 
     def split(self, full: Tensor) -> list[Tensor]:
         return [full[: self.rows]]
@@ -168,6 +168,17 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
     Hugging Face and Megatron rotate row i together with row i + d/2, Meta's code and llama.cpp rows 2 i and 2 i + 1.
     """
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat; of tensors without data by arithmetic, because torch then loads its compiler, which takes seconds."""
+    if not parts[0].is_meta:
+        return torch.cat(list(parts), dim=dim)
+    shape, others = list(parts[0].shape), {(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}
+    if len(others) > 1:
+        raise RuntimeError(f"{[tuple(part.shape) for part in parts]} do not fit together")
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
 
 
 def _block(full: Tensor, dim: int, rank: int, size: int) -> Tensor:
