@@ -115,7 +115,7 @@ def child(case: str, folder: Path) -> None:
         while not done.wait(0.005):
             most[0] = max(most[0], anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     begin, cpu = time.perf_counter(), processor_seconds()
     work()
