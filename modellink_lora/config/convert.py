@@ -158,6 +158,11 @@ class ConvertConfig:
         return self.load_model_type is None and self.loader is not None
 
     @property
+    def merges(self) -> bool:
+        """Whether an adapter may be merged: that of --lora-load, or one that lies in a Megatron checkpoint itself."""
+        return not self.exports_adapter and (self.lora_load is not None or self.source == "mg")
+
+    @property
     def without_effect(self) -> dict[str, str]:
         """Flags given that change nothing in this conversion -> why."""
         ranks, legacy = self.target in ("mg", "adapter-ranks"), "it chooses the names of tensors in rank files"
@@ -169,6 +174,8 @@ class ConvertConfig:
             "params_dtype": (not self.exports_adapter, "an adapter keeps the dtypes it has"),
             "verify": (not self.exports_adapter, "only models are read again after writing"),
             "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
+            "merge_report": (self.merges, "no adapter is merged"),
+            "workers": (not self.exports_adapter, "an adapter is written by one thread"),
         }
         return {
             "--" + name.replace("_", "-"): reason

@@ -159,6 +159,8 @@ def called(
     ("mg2hf", "--make-vocab-size-divisible-by 128", "--make-vocab-size-divisible-by"),
     ("lora2peft", "--params-dtype bf16", "--params-dtype"),
     ("lora2peft", "--verify", "--verify"),
+    ("lora2peft", "--workers 2", "--workers"),
+    ("hf2mg", "--merge-report report.json", "--merge-report"),
     ("hf2mg", "--base-model-name-or-path x", "--base-model-name-or-path"),
 ])  # fmt: skip
 def test_a_flag_without_effect_is_taken_and_said_once(
