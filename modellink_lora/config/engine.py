@@ -1,0 +1,63 @@
+"""What inference and evaluation are told about the model: which weights, adapters and tokenizer, how laid out in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.flag import flag
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Model and memory"""
+
+    load: str | None = flag(None, "base checkpoint: Megatron, or a Hugging Face folder; absent means random weights")
+    lora_load: str | None = flag(None, "adapter to run unmerged beside the base: ours, ModelLink's or PEFT's")
+    lora_modules: tuple[str, ...] = flag((), "further adapters, each as name=folder")
+    lora_fusion: bool = flag(False, "accepted: without training the adapter always rides in the base's all-reduce")
+    tokenizer_type: str = flag("PretrainedFromHF", "kind of tokenizer", choices=("PretrainedFromHF",))
+    tokenizer_name_or_path: str | None = flag(
+        None, "folder of the Hugging Face tokenizer; default the one kept with --load"
+    )
+    use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
+    prompt_type: str | None = flag(None, "template around each prompt; default none")
+    hf_chat_template: bool = flag(False, "put the tokenizer's own chat template around each prompt")
+    add_eos_token: tuple[str, ...] = flag((), "further tokens that end an answer, e.g. '<|im_end|>'")
+    max_length: int | None = flag(None, "most tokens of prompt and answer together; default the model's positions")
+    max_batch_size: int = flag(8, "prompts computed at once; each has its rows of the key/value cache")
+    use_kv_cache: bool = flag(True, "compute every token again at each step", name="no-kv-cache", inverted=True)
+    use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
+    bf16: bool = flag(False, "compute in bf16; default fp32")
+    fp16: bool = flag(False, "compute in fp16")
+    seed: int = flag(1234, "of sampling: the same seed gives the same answers at every layout")
+    device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
+    distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
+
+    def __post_init__(self) -> None:
+        if self.prompt_type and self.hf_chat_template:
+            raise UserError("--hf-chat-template and --prompt-type exclude each other: give one")
+        if self.bf16 and self.fp16:
+            raise UserError("--bf16 and --fp16 exclude each other: give one")
+        if self.max_batch_size < 1:
+            raise UserError(f"--max-batch-size {self.max_batch_size}: must be at least 1")
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max-length {self.max_length}: must be at least 2")
+        self.adapters()
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of weights and activations."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def adapters(self) -> dict[str, str]:
+        """Name -> folder of --lora-modules. Raises UserError for one without a name, or named twice."""
+        named: dict[str, str] = {}
+        for word in self.lora_modules:
+            name, equals, folder = word.partition("=")
+            if not (name and equals and folder):
+                raise UserError(f"--lora-modules {word}: write name=folder")
+            if name in named or name == "base" or (name == "tuned" and self.lora_load):
+                raise UserError(f"--lora-modules {word}: the name {name} is taken: choose another")
+            named[name] = folder
+        return named
