@@ -26,7 +26,7 @@ class EngineConfig:
     add_eos_token: tuple[str, ...] = flag((), "further tokens that end an answer, e.g. '<|im_end|>'")
     max_length: int | None = flag(None, "most tokens of prompt and answer together; default the model's positions")
     max_batch_size: int = flag(8, "prompts computed at once; each has its rows of the key/value cache")
-    use_kv_cache: bool = flag(True, "compute every token again at each step", name="no-kv-cache", inverted=True)
+    use_kv_cache: bool = flag(True, "compute all tokens anew at each step", name="no-kv-cache", inverted=True)
     use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
     bf16: bool = flag(False, "compute in bf16; default fp32")
     fp16: bool = flag(False, "compute in fp16")
