@@ -87,6 +87,7 @@ class Executor:
     def dismiss(self) -> None:
         """Let the other processes leave `follow`."""
         self._tell("")
+        self._leave()
 
     def cache_bytes(self, rows: int, slots: int) -> int:
         """Bytes that a cache takes on a process of the stage with the most layers."""
@@ -104,8 +105,12 @@ class Executor:
             dist.broadcast_object_list(word, src=dist.get_global_rank(self._control, 0), group=self._control)
             name, arguments = word[0]
             if not name:
-                return
+                return self._leave()
             getattr(self, name)(*arguments)
+
+    def _leave(self) -> None:
+        if self._control is not None:
+            dist.destroy_process_group(self._control)
 
     def _tell(self, name: str, *arguments: Any) -> None:
         if self._control is not None:
