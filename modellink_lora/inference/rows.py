@@ -14,7 +14,7 @@ from modellink_lora.inference.request import PLAIN, Choice
 Prompt = tuple[int, Sequence[int]]  # a row, and the tokens that it is to hold
 Wanted = tuple[int, int, int | None]  # a row, the index of a token in it, and the target to score after it
 
-_TOKENS_AT_ONCE = 2048  # of prompts, in one forward pass: bounds the memory of activations
+TOKENS_AT_ONCE = 2048  # of prompts, in one forward pass: bounds the memory of activations
 _WORTH_SHARING = 16  # tokens that prompts begin with in common, from which on they are computed once for all
 _STEP = 128  # a cache grows to multiples of this
 
@@ -99,11 +99,11 @@ class Rows:
             chunk: list[tuple[int, Sequence[int], int, int]] = []
             width = 0
             for row, ids in left:
-                wider = max(width, min(len(ids) - done[row], _TOKENS_AT_ONCE))
-                if chunk and wider * (len(chunk) + 1) > _TOKENS_AT_ONCE:
+                wider = max(width, min(len(ids) - done[row], TOKENS_AT_ONCE))
+                if chunk and wider * (len(chunk) + 1) > TOKENS_AT_ONCE:
                     break
                 width = wider
-                chunk.append((row, ids, done[row], min(len(ids), done[row] + _TOKENS_AT_ONCE)))
+                chunk.append((row, ids, done[row], min(len(ids), done[row] + TOKENS_AT_ONCE)))
             at_row = {row: number for number, (row, *_) in enumerate(chunk)}
             asked = [
                 (number, at_row[row], at - chunk[at_row[row]][2], target)

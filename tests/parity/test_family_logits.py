@@ -59,7 +59,7 @@ def our_logits(
 ) -> dict[str, list[torch.Tensor]]:
     """Logits of the base in each of `roots` on this world's layout; `changes` are made to settings after opening.
 
-    Those of the training model, and behind them, without sequence parallelism, those of inference from the same weights.
+    Those of the training model and behind them, without sequence parallelism, those of inference on its weights.
     """
     from modellink_lora.config.adapter import LoraConfig
     from modellink_lora.config.parallel import ParallelConfig
