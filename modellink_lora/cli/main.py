@@ -19,6 +19,8 @@ JOBS = {
     "verify": "check gradients and layouts on your own model and devices",
     "convert": "translate, reshard and merge checkpoints",
     "report": "write the report of a training run again from its folder",
+    "lm-eval": "run lm-eval's tasks on base or tuned model, e.g. lm-eval --load BASE -- --tasks arc_easy",
+    "compare": "compare the answers of base, unmerged adapter and merged models on the same prompts",
     "logits": "write the logits of prompts, from a base with or without its adapter",
 }
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"modellink-lora: error: no job {words[0]!r}; choose {', '.join(JOBS)}", file=sys.stderr)
         return 2
     # imported by name only now: one job must not wait for, or need, the libraries of another
-    return run(lambda: import_module(f"modellink_lora.cli.{words[0]}").main(words[1:]))
+    return run(lambda: import_module(f"modellink_lora.cli.{words[0].replace('-', '_')}").main(words[1:]))
 
 
 # All processes of a run usually fail for the same reason. The launcher stops the others once one has ended: those that
