@@ -127,6 +127,6 @@ def _lm_eval(words: Sequence[str], launch: Launch) -> tuple[Any, Namespace]:
         raise UserError(f"--model {arguments.model}: this job gives lm-eval its own model; leave the flag out, or run "
                         "lm-eval itself")  # fmt: skip
     if unknown := sorted(set(arguments.model_args or ()) - set(MODEL_ARGS)):
-        raise UserError(f"--model_args {unknown[0]}=..: the flags before the -- describe the model; after it --model_args "
-                        f"takes {' and '.join(MODEL_ARGS)} only")  # fmt: skip
+        raise UserError(f"--model_args {unknown[0]}=..: the flags before the -- describe the model; behind it "
+                        f"--model_args takes {' and '.join(MODEL_ARGS)} only")  # fmt: skip
     return command, arguments
