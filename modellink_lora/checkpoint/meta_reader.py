@@ -85,23 +85,21 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
     """
     paths = sorted(root.glob(WEIGHTS))
     if not paths or not (root / PARAMS).is_file():
-        raise UserError(f"{flag} {root}: holds no {weights_file(0)} with {PARAMS}; convert_ckpt.py --save-model-type meta "
-                        "makes such a folder")  # fmt: skip
+        raise UserError(f"{flag} {root}: holds no {weights_file(0)} with {PARAMS}; convert_ckpt.py "
+                        "--save-model-type meta makes such a folder")  # fmt: skip
     if [path.name for path in paths] != [weights_file(rank) for rank in range(len(paths))]:
         raise UserError(f"{flag} {root}: holds {', '.join(path.name for path in paths)}, so files are missing")
     files = [_loaded(path) for path in paths]
     layout = MetaLayout(config, len(files), next(iter(files[0].values())).dtype)
     expected = {tensor.name: tensor for tensor in layout.tensors()}
-    known = layout.by_source()
-    strange = [spec.name for spec in family_of(config.hf_model_type).tensors(config) if spec.name not in known]
-    if strange or config.beyond_llama():
-        what = (strange + config.beyond_llama())[0]
-        raise UserError(f"{flag} {root}: Meta's format has no place for {what} of this {config.hf_model_type} model")
+    if odd := layout.odd():
+        raise UserError(f"{flag} {root}: Meta's code does not compute what this {config.hf_model_type} model has, "
+                        f"{', '.join(odd)}")  # fmt: skip
     _check_params(root, layout, flag)
     for path, file in zip(paths, files, strict=True):
-        if odd := expected.keys() ^ file.keys():
-            raise UserError(f"{path}: {min(odd)} is {'unknown' if min(odd) in file else 'missing'}; the files must hold "
-                            "what convert_ckpt.py --save-model-type meta writes of this model")  # fmt: skip
+        if different := sorted(expected.keys() ^ file.keys()):
+            raise UserError(f"{path}: {different[0]} is {'unknown' if different[0] in file else 'missing'}; the files must "
+                            "hold what convert_ckpt.py --save-model-type meta writes of this model")  # fmt: skip
         for name, tensor in file.items():
             if tuple(tensor.shape) != expected[name].shape or tensor.dtype != layout.dtype:
                 raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "
