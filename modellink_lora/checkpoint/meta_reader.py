@@ -98,8 +98,9 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
     _check_params(root, layout, flag)
     for path, file in zip(paths, files, strict=True):
         if different := sorted(expected.keys() ^ file.keys()):
-            raise UserError(f"{path}: {different[0]} is {'unknown' if different[0] in file else 'missing'}; the files must "
-                            "hold what convert_ckpt.py --save-model-type meta writes of this model")  # fmt: skip
+            what = "unknown" if different[0] in file else "missing"
+            raise UserError(f"{path}: {different[0]} is {what}; the files must hold what convert_ckpt.py "
+                            "--save-model-type meta writes of this model")  # fmt: skip
         for name, tensor in file.items():
             if tuple(tensor.shape) != expected[name].shape or tensor.dtype != layout.dtype:
                 raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "

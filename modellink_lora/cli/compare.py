@@ -1,4 +1,4 @@
-"""`modellink-lora compare`: flags and launcher facts in, a comparison out; the exit status says if merging went well."""
+"""`modellink-lora compare`: flags and launcher facts in, a comparison out; the exit status is its verdict."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, engine = CompareConfig(**given[CompareConfig]), EngineConfig(**given[EngineConfig])
     parallel = ParallelConfig(**given[ParallelConfig])
     if (copies := parallel.data_parallel_size(launch.world_size)) > 1:
-        raise UserError(f"{launch.world_size} processes are {copies} copies of the model, of which one would work: "
-                        f"start {launch.world_size // copies}, or give a larger --tensor-model-parallel-size")  # fmt: skip
+        raise UserError(
+            f"{launch.world_size} processes are {copies} copies of the model, of which one would work: start "
+            f"{launch.world_size // copies}, or give a larger --tensor-model-parallel-size"
+        )
     with joined(launch, device=engine.device, timeout_minutes=engine.distributed_timeout_minutes) as (device, here):
         from modellink_lora.evaluation.compare import agree, compare
         from modellink_lora.evaluation.compare_report import show, write

@@ -5,12 +5,13 @@ Letters: n tokens of prompt and answer, v vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.evaluation.comparison import (
+    ALLOWED_COARSE,
+    ALLOWED_FINE,
     BASE,
     MERGED,
     MERGED_HF,
@@ -35,9 +38,10 @@ from modellink_lora.evaluation.comparison import (
     UNMERGED,
     Comparison,
     Gap,
-    Logits,
+    Reference,
     Variant,
-    explained,
+    coarsest,
+    disturb,
 )
 from modellink_lora.inference.engine import Engine
 from modellink_lora.inference.executor import Batch, Executor
@@ -102,20 +106,20 @@ def compare(
     prompts = list(config.prompt) or read_prompts(Path(config.prompt_file or ""))
     ids = [prompter.text(prompt) for prompt in prompts]
     _check_lengths(ids, first.base.config, config.max_new_tokens)
+    computed = DTYPES[engine.dtype]
+    coarse = {coarsest((computed, model.dtype)) for model in models if model.dtype} if reference != BASE else set()
+    models.sort(key=lambda model: reference not in model.runs)
+    del first  # its weights would stay in memory
     variants: list[Variant] = []
     with tempfile.TemporaryDirectory() as folder:
-        kept = Logits(Path(folder))
-        for model in _reference_first(models, reference):
-            seed_everything(engine.seed, context, device)  # megatron-core wants it; nothing is drawn
-            _run(model, variants, reference, kept, ids, prompter, config, engine, context, device, note)
-            gc.collect()  # one model at a time: its modules form cycles
+        run = _Run(config, engine, context, device, prompter, ids, reference, Reference(Path(folder)), note)
+        while models:  # one at a time: each is let go, files and all, before the next is read
+            variants += run(models.pop(0), coarse)
+            coarse = set()
+            gc.collect()
     if not context.is_main:
         return None
     by_name = {variant.name: variant for variant in variants}
-    for variant in variants:
-        if variant.gap and variant.name in MERGED and reference != BASE:
-            dtypes = [DTYPES[engine.dtype], *filter(None, [variant.dtype])]
-            variant.gap.allowed = explained(dtypes, layers=first.base.config.num_layers, spread=kept.rms)
     about = {
         "model": engine.load or str(config.merged_hf),
         "computed in": engine.dtype,
@@ -177,10 +181,6 @@ def _check_same(base: ModelConfig, merged: ModelConfig, flag: str) -> None:
                             "another model")  # fmt: skip
 
 
-def _reference_first(models: Sequence[Model], reference: str) -> list[Model]:
-    return sorted(models, key=lambda model: reference not in model.runs)
-
-
 def _prompter(engine: EngineConfig, first: Model, note: Callable[[str], None]) -> Prompter:
     """One encoding for all variants: that of the base, with the template that the adapter was trained with."""
     folder = engine.tokenizer_name_or_path or first.base.tokenizer_folder
@@ -209,59 +209,110 @@ def _check_lengths(ids: Sequence[Sequence[int]], model: ModelConfig, new: int) -
                             f"{_longest(model)} positions: shorten it, or lower --max-new-tokens")  # fmt: skip
 
 
-def _run(
-    model: Model, variants: list[Variant], reference: str, kept: Logits, ids: Sequence[list[int]], prompter: Prompter,
-    config: CompareConfig, settings: EngineConfig, context: ParallelContext, device: Device,
-    note: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Load `model`, and on the leader add what its variants do to `variants`, the reference before all others."""
-    device.reset_peak_memory()
-    stage, notes = load_stage(model.base, model.adapters, context, device, dtype=settings.dtype)
-    for line in notes:
-        note(line)
+@dataclass(frozen=True)
+class _Run:
+    """Runs one model after another, that of the reference first."""
+
+    config: CompareConfig
+    settings: EngineConfig
+    context: ParallelContext
+    device: Device
+    prompter: Prompter
+    ids: Sequence[list[int]]  # of the prompts
+    reference: str
+    kept: Reference
+    note: Callable[[str], None]
+    sequences: list[list[int]] = field(default_factory=list)  # prompts with the reference's answers
+
+    def __call__(self, model: Model, coarse: Collection[torch.dtype]) -> list[Variant]:
+        """What the variants of `model` do, on the leader; nothing elsewhere.
+
+        Args:
+            coarse: dtypes whose rounding noise is to be measured, on the reference's model.
+        """
+        self.device.reset_peak_memory()
+        seed_everything(self.settings.seed, self.context, self.device)  # megatron-core wants it; nothing is drawn
+        stage, notes = load_stage(model.base, model.adapters, self.context, self.device, dtype=self.settings.dtype)
+        for line in notes:
+            self.note(line)
+        found: list[Variant] = []
+        with _led(stage, self.context) as executor:
+            if executor is not None:
+                found = self._answers(model, stage, executor)
+                for variant, choice in zip(found, model.runs.values(), strict=True):
+                    self._compare(variant, executor, choice)
+        for dtype in sorted(coarse, key=lambda dtype: torch.finfo(dtype).eps):
+            with torch.no_grad():
+                disturb(stage.model.parameters(), dtype)
+            with _led(stage, self.context) as executor:
+                if executor is not None:
+                    for key, logits in _logits(executor, self.sequences, model.runs[self.reference]):
+                        self.kept.keep_noise(key, dtype, logits)
+        return found
+
+    def _answers(self, model: Model, stage: Stage, executor: Executor) -> list[Variant]:
+        engine = Engine(
+            executor, self.prompter.tokenizer, choices=tuple(model.adapters), max_batch=self.settings.max_batch_size,
+            max_length=_longest(model.base.config), use_cache=self.settings.use_kv_cache,
+        )  # fmt: skip
+        found = []
+        for name, choice in model.runs.items():
+            asked = [
+                Request(tuple(row), self.config.max_new_tokens, stop_ids=self.prompter.stop_ids, choice=choice)
+                for row in self.ids
+            ]
+            # the first pass is slow: memory is allocated, kernels are chosen; of the prompts it sees one token
+            engine.generate([dataclasses.replace(asked[0], ids=asked[0].ids[:1], max_new_tokens=2)])
+            self.device.synchronize()
+            begin = time.perf_counter()
+            answers = engine.generate(asked)
+            seconds = time.perf_counter() - begin
+            found.append(
+                Variant(
+                    name, str(self.settings.load) if name == BASE else model.where,
+                    [one.text for one in answers], [one.ids for one in answers],
+                    tokens_per_second=sum(len(one.tokens) for one in answers) / seconds,
+                    weight_bytes=_weight_bytes(stage, choice), dtype=model.dtype,
+                )
+            )  # fmt: skip
+        assert executor.cache is not None
+        for variant in found:
+            variant.cache_bytes, variant.peak_bytes = executor.cache.store.nbytes, self.device.memory()["max allocated"]
+            if variant.name == self.reference:
+                self.sequences.extend([*ids, *answer] for ids, answer in zip(self.ids, variant.ids, strict=True))
+        return found
+
+    def _compare(self, variant: Variant, executor: Executor, choice: Choice) -> None:
+        """Keep the reference's logits, or measure those of another variant against them."""
+        computed = DTYPES[self.settings.dtype]
+        dtype = coarsest((computed, variant.dtype))
+        allowed = None
+        if variant.name in MERGED and self.reference != BASE:
+            allowed = ALLOWED_FINE if dtype == computed else ALLOWED_COARSE
+        gap = Gap(allowed, dtype) if variant.name != self.reference else None
+        for key, logits in _logits(executor, self.sequences, choice):
+            if gap is None:
+                self.kept.keep(key, logits)
+            else:
+                gap.add(logits, self.kept.read(key), self.kept.noise(key, dtype) if allowed else None)
+        variant.gap = gap
+
+
+@contextlib.contextmanager
+def _led(stage: Stage, context: ParallelContext) -> Iterator[Executor | None]:
+    """An executor on the leader; None on the others, after they have followed it."""
     executor = Executor(stage, context, say=lambda line: None)
     if not context.is_main:
         executor.follow()
+        yield None
         return
-    engine = Engine(
-        executor, prompter.tokenizer, choices=tuple(model.adapters), max_batch=settings.max_batch_size,
-        max_length=_longest(model.base.config), use_cache=settings.use_kv_cache,
-    )  # fmt: skip
-    here = []
-    for name, choice in model.runs.items():
-        variant = Variant(name, model.where if name != BASE else str(settings.load), dtype=model.dtype)
-        asked = [Request(tuple(row), config.max_new_tokens, stop_ids=prompter.stop_ids, choice=choice) for row in ids]
-        # what comes first is slow: memory is allocated, kernels are chosen; of the prompts' own tokens only one is seen
-        engine.generate([dataclasses.replace(asked[0], ids=asked[0].ids[:1], max_new_tokens=2)])
-        device.synchronize()
-        begin = time.perf_counter()
-        answers = engine.generate(asked)
-        seconds = time.perf_counter() - begin
-        variant.answers, variant.ids = [one.text for one in answers], [one.ids for one in answers]
-        variant.tokens_per_second = sum(len(one.tokens) for one in answers) / seconds
-        here.append(variant)
-    assert executor.cache is not None
-    for variant, choice in zip(here, model.runs.values(), strict=True):
-        variant.weight_bytes = _weight_bytes(stage, choice)
-        variant.cache_bytes = executor.cache.store.nbytes
-        variant.peak_bytes = device.memory()["max allocated"]
-        variants.append(variant)
-    expected = next(variant.ids for variant in variants if variant.name == reference)
-    sequences = [[*prompt, *answer] for prompt, answer in zip(ids, expected, strict=True)]
-    executor.reserve(1, max(map(len, sequences)))
-    for variant, choice in zip(here, model.runs.values(), strict=True):
-        gap = Gap() if variant.name != reference else None
-        for key, logits in _logits(executor, sequences, choice):
-            if gap is None:
-                kept.keep(key, logits)
-            else:
-                gap.add(logits, kept.read(key))
-        variant.gap = gap
+    yield executor
     executor.dismiss()
 
 
 def _logits(executor: Executor, sequences: Sequence[Sequence[int]], choice: Choice) -> Iterator[tuple[str, Tensor]]:
     """(key, logits [n, v]) piece by piece, through row 0 of the cache."""
+    executor.reserve(1, max(map(len, sequences)))
     for number, ids in enumerate(sequences):
         for start in range(0, len(ids), _AT_ONCE):
             piece = list(ids[start : start + _AT_ONCE])

@@ -13,8 +13,8 @@ from modellink_lora.reporting.report_html import STYLE, table_section
 from modellink_lora.reporting.run_report import Table
 
 MARKDOWN, PAGE = "compare.md", "compare.html"
-_HEADER = ("model", "largest logit difference", "explained by rounding", "same best token", "same answers", "tokens/s",
-           "weights MiB", "cache MiB", "peak MiB")  # fmt: skip
+_HEADER = ("model", "logits differ by", "x rounding", "same best token", "same answers", "tokens/s", "weights", "cache",
+           "peak MiB")  # fmt: skip
 _MIB = 2**20
 
 
@@ -50,7 +50,7 @@ def numbers(comparison: Comparison) -> Table:
         same = sum(mine == theirs for mine, theirs in zip(one.ids, expected.ids, strict=True))
         rows.append((
             one.name, f"{gap.largest:.3g}" if gap else "reference",
-            f"{gap.allowed:.3g}" if gap and gap.allowed is not None else "",
+            f"{gap.noises:.1f}" if gap and gap.allowed else "",
             f"{gap.same_best} of {gap.positions}" if gap else "", f"{same} of {len(one.ids)}" if gap else "",
             f"{one.tokens_per_second:.1f}", *(f"{x / _MIB:.1f}" for x in (one.weight_bytes, one.cache_bytes,
                                                                          one.peak_bytes)),
@@ -81,20 +81,15 @@ def verdicts(comparison: Comparison) -> list[str]:
         gap = one.gap
         if gap is None or gap.allowed is None:
             continue
+        dtype = str(gap.dtype).removeprefix("torch.")
+        size = f"Its logits differ by up to {gap.largest:.3g}, {gap.noises:.3g} times what rounding to {dtype} does"
         if gap.too_large:
-            lines.append(
-                f"{one.name}: NOT the same model as {reference}. Its logits differ by up to {gap.largest:.3g}, and "
-                f"rounding explains {gap.allowed:.3g} at most: {one.where} was made of another adapter, alpha, rank or "
-                "base; convert it again"
-            )
+            lines.append(f"{one.name}: NOT the same model as {reference}. {size} ({gap.allowed:g} times is allowed): "
+                         f"{one.where} was made of another adapter, alpha, rank or base; convert it again")  # fmt: skip
         else:
-            lines.append(
-                f"{one.name}: the same model as {reference}. Its logits differ by up to {gap.largest:.3g}, and "
-                f"rounding explains {gap.allowed:.3g}"
-            )
-            if base is not None and base.gap is not None and base.gap.largest <= gap.allowed:
-                lines[-1] += "; so small an effect as this adapter's would go unnoticed: compare in fp32, with prompts "
-                lines[-1] += "that it was trained for"
+            lines.append(f"{one.name}: the same model as {reference}. {size}")
+            if base is not None and base.gap is not None and base.gap.largest <= gap.largest:
+                lines[-1] += "; the base is as near, so these prompts do not show whether the adapter was merged"
     return lines
 
 
