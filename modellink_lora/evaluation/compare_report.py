@@ -13,8 +13,8 @@ from modellink_lora.reporting.report_html import STYLE, table_section
 from modellink_lora.reporting.run_report import Table
 
 MARKDOWN, PAGE = "compare.md", "compare.html"
-_HEADER = ("model", "logits differ by", "x rounding", "same best token", "same answers", "tokens/s", "weights", "cache",
-           "peak MiB")  # fmt: skip
+_HEADER = ("model", "logits differ by", "x rounding", "same best token", "same answers", "tokens/s", "weights",
+           "cache", "peak MiB")  # fmt: skip
 _MIB = 2**20
 
 
@@ -133,7 +133,7 @@ def page(comparison: Comparison) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(table.title)}</title><style>{STYLE}</style></head>"
+        f"<title>{escape(table.title)}</title><style>{STYLE}td {{ white-space: pre-line; }}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -142,7 +142,7 @@ def _explanation(comparison: Comparison) -> str:
     return (
         f"Answers are greedy. Logits are compared at every position of each prompt and of the answer of "
         f"{comparison.reference} to it. Tokens/s count answers, prompts included in the time; memory is that of the "
-        "first process, base and unmerged adapter being loaded together."
+        "first process in MiB, base and unmerged adapter being loaded together."
     )
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 BASE, UNMERGED, MERGED_HF, MERGED_META = "base", "unmerged", "merged (HF)", "merged (Meta)"
 MERGED = (MERGED_HF, MERGED_META)
 # How many times rounding noise a merged model may be away from the reference. Where its files are coarser than the
-# computation, rounding the weights is all that happened, and is what was measured: 1 to 2 times. Where they are not, the
-# sums of a layer in another order come on top: 3 to 4 times in fp32.
+# computation, rounding the weights is all that happened, and it is what was measured: 1 to 2 times. Elsewhere the sums
+# of a layer in another order come on top: 3 to 4 times in fp32.
 ALLOWED_COARSE, ALLOWED_FINE = 3.0, 8.0
 
 
