@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-def outcome(model: Any, tasks: Path, **settings: Any) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def outcome(
+    model: Any, tasks: Path, *, names: Sequence[str] = NAMES, **settings: Any
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Results and the model's raw answers by task, as lm-eval's evaluator gives them."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
-        model, tasks=list(NAMES), task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        model, tasks=list(names), task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0, **settings,
     )  # fmt: skip
     assert found is not None

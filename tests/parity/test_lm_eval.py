@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.helpers.conversion import convert
 from tests.helpers.engine import peft_adapter
+from tests.helpers.jobs import Job
 from tests.helpers.lm_eval_tasks import NAMES, of_engine, of_transformers, write_tasks
 from tests.helpers.shared import is_there, shared
 from tests.helpers.spawn import run
@@ -81,3 +83,20 @@ def test_what_is_too_long_and_chat_templates_are_treated_as_by_the_hf_backend(mo
     found = of_our_engine(models, "tuned", max_length=80, **chat)
     assert_equal(found, of_transformers(models / "merged/mg2hg", models / "tasks", max_length=80, **chat))
     assert found[1] != of_our_engine(models, "tuned", **chat)[1], "nothing was too long"
+
+
+def test_the_command_leads_lm_eval_on_two_processes(models: Path, tmp_path: Path) -> None:
+    convert(models / "hf", tmp_path / "mg", to="mg")
+    ours = ["--load", tmp_path / "mg", "--lora-load", models / "lora", "--tokenizer-name-or-path", models / "hf",
+            "--tensor-model-parallel-size", "2"]  # fmt: skip
+    theirs = ["--tasks", "local_choices", "--include_path", models / "tasks", "--output_path", tmp_path / "out",
+              "--limit", "6", "--batch_size", "3"]  # fmt: skip
+    with Job("-m", "modellink_lora", "lm-eval", *ours, "--", *theirs, log=tmp_path / "log") as job:
+        assert job.ends(within=120) == 0, job.text
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    written = json.loads(file.read_text())
+    expected = of_transformers(models / "merged/mg2hg", models / "tasks", names=["local_choices"], limit=6)[0]
+    found = written["results"]["local_choices"]
+    assert all(found[key] == expected["local_choices"][key] for key in ("acc,none", "acc_norm,none"))
+    assert written["config"]["model_adapter"] == "tuned" and "TP 2" in written["config"]["model_layout"]
+    assert "lm-eval's --batch_size has no effect: give --max-batch-size before the --" in job.text
