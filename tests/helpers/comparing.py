@@ -6,7 +6,7 @@ from typing import Any
 
 
 def compared(*, comparison: dict[str, Any], engine: dict[str, Any], parallel: dict[str, Any] | None = None) -> Any:
-    """(the Comparison, what was said) on the first process, or (the user's error, what was said); None on the others."""
+    """(the Comparison or the user's error, what was said) on the first process; None on the others."""
     import torch
 
     from modellink_lora.config.compare import CompareConfig
