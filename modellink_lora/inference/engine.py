@@ -25,7 +25,7 @@ from modellink_lora.inference.text import TextStream
 _BEGINNING = 16  # tokens that prompts have in common where they are scored in one batch
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A prompt on its way."""
 
