@@ -1,4 +1,4 @@
-"""What an evaluation is told besides the model and the parallel layout: tasks, data, prompts, scoring, where to write."""
+"""What an evaluation is told besides model and layout: tasks, data, prompts, scoring, where to write."""
 
 from __future__ import annotations
 

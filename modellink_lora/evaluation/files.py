@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,14 @@ def split_files(folder: Path, *, task: str) -> tuple[list[Path], list[Path]]:
     """
     if folder.is_file():
         return [folder], sorted(path for path in folder.parent.glob("*.jsonl") if "train" in path.name)
-    files = find_files(folder, ".jsonl", below=("test", "data", "dev"), task=task)
+    below = ("test", "data", "dev")
+    try:
+        files = find_files(folder, ".jsonl", below=below, task=task)
+    except UserError:
+        packed = [path for place in (folder, *(folder / name for name in below)) for path in place.glob("*.jsonl.gz")]
+        if not packed:
+            raise
+        files = sorted(packed)
     shots = [path for path in files if "train" in path.name]
     asked = [path for path in files if "train" not in path.name]
     for split in ("test", "dev", "val"):
@@ -132,11 +140,12 @@ def json_file(file: Path) -> dict[str, Any]:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        raw = file.read_bytes()
+        return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def _object(text: str, file: Path, line: int) -> dict[str, Any]:

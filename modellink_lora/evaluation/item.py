@@ -10,7 +10,7 @@ from pathlib import Path
 
 from modellink_lora.data.prompt import Message
 
-TOTAL = "total"
+Prompt = str | tuple[Message, ...]  # a text to be continued, or a conversation that ends with the question
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,13 @@ class Item:
 
     Args:
         number: its place in the subject, from 0.
-        prompt: a text to be continued, or a conversation that ends with the question.
         answer: what is right, in the form in which a task reads predictions.
         choices: answer -> the text it is written as after the prompt. Without choices the answer is generated.
     """
 
     subject: str
     number: int
-    prompt: str | tuple[Message, ...]
+    prompt: Prompt
     answer: str
     choices: Mapping[str, str] = field(default_factory=dict)
     category: str | None = None

@@ -30,7 +30,7 @@ def paired_difference(better: int, worse: int, of: int) -> tuple[float, float]:
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Exact two-sided p (McNemar 1947, doi:10.1007/BF02295996): the binomial test that the two numbers have one mean."""
+    """Exact two-sided p (McNemar 1947, doi:10.1007/BF02295996): a binomial test that both numbers have one mean."""
     of, fewer = better + worse, min(better, worse)
     if better == worse:
         return 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.files import Row, csv_rows, find_files, first_shots
-from modellink_lora.evaluation.item import Item, Options, conversation
+from modellink_lora.evaluation.item import Item, Options, Prompt, conversation
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *(letter.lower() for letter in LETTERS), "answer")
@@ -141,7 +141,7 @@ def _asked(row: Row) -> str:
     return row.text("question") + "".join(f"\n{letter}. {row.text(letter.lower())}" for letter in LETTERS)
 
 
-def _plain(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> str:
+def _plain(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> Prompt:
     def asked(row: Row) -> str:
         return wording.question + _asked(row) + wording.answer
 
@@ -149,7 +149,7 @@ def _plain(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> str:
     return "\n\n".join([wording.header.format(subject=name), *examples, asked(row)])
 
 
-def _chat(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> tuple:
+def _chat(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> Prompt:
     asked = [_asked(each) + wording.chat_answer for each in (*shots, row)]
     asked[0] = wording.chat_header.format(subject=name) + asked[0]
     return conversation([(text, _letter(shot)) for text, shot in zip(asked, shots)], asked[-1])
