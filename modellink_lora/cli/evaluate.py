@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+
+from tqdm import tqdm
 
 from modellink_lora.cli.accepted import INFERENCE_ACCEPTED, INFERENCE_REFUSED
 from modellink_lora.cli.flags import build_parser
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, model = EvalConfig(**given[EvalConfig]), EngineConfig(**given[EngineConfig])
     parallel = ParallelConfig(**given[ParallelConfig])
     model = _with_batch_size(model, config.evaluation_batch_size, "max_batch_size" in given[EngineConfig])
-    replicas = parallel.data_parallel_size(launch.world_size)
+    parallel.data_parallel_size(launch.world_size)
     from modellink_lora.evaluation.runner import evaluate, read_items
 
     work = read_items(config, model)
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         def say(line: str) -> None:
             if launch.is_first:
-                print(line, flush=True)
+                tqdm.write(line)  # above the progress bar, if there is one
+                sys.stdout.flush()
 
         parser.report_accepted(say)
         with open_engine(
@@ -53,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch_device=here,
             say=say,
             replicas=True,
+            adopt_template=False,  # figures of other programs are for plain prompts; a note says so
         ) as served:
             if served is not None:
                 evaluate(
@@ -65,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     replicas=served.replicas,
                     gather=served.gather,
                     say=say,
-                    facts={"parallel": dataclasses.asdict(parallel) | {"data_parallel_size": replicas}},
+                    facts={"about": dict(served.about)},
                 )
     return 0
 

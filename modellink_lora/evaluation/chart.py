@@ -61,7 +61,7 @@ def draw(rows: Sequence[Tally], title: str, path: Path, *, chance: float | None)
     axes.set_xlim(
         0, min(108.0, max(40.0, 8 + max(100 * wilson(r.right[m], r.items)[1] for _, r in places for m in models)))
     )
-    axes.set_xlabel("right answers, % (bars: 95 % intervals)", fontsize=8)
+    axes.set_xlabel("right answers in %, with 95 % intervals", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)

@@ -29,8 +29,8 @@ from modellink_lora.evaluation.progress import Progress, Record, digest, fingerp
 from modellink_lora.inference.request import BASE, Choice, Sampling
 
 # So many questions of one subject are answered by every model and brought to the disk before the next: what a kill
-# costs, against the worked examples in front of them, which are computed once for each.
-_TOGETHER = 64
+# costs, against the worked examples in front of them, which are computed once each time.
+_SCORED_TOGETHER, _WRITTEN_TOGETHER = 64, 24
 
 Say = Callable[[str], None]
 Gather = Callable[[Any], list[Any] | None]
@@ -163,25 +163,33 @@ class _Run:
                 progress.join(records)
 
     def _answer(self, waiting: Sequence[Item], progress: Progress, *, bar: bool, done: int, of: int) -> None:
-        with tqdm(total=of, initial=done, desc=self.task.name, unit="question", disable=not bar) as shown:
+        asked = scoring.Answering(self.task, self.engine, self.prompter, self.writing)
+        each = len(self.models)
+        with tqdm(
+            total=of * each,
+            initial=done * each,
+            desc=self.task.name,
+            unit="answer",
+            disable=not bar,
+            dynamic_ncols=True,
+        ) as shown:
             for subject, group in itertools.groupby(waiting, key=lambda item: item.subject):
                 shown.set_postfix_str(subject if subject != self.task.name else "", refresh=False)
                 rest = list(group)
+                together = _WRITTEN_TOGETHER if scoring.is_written(rest[0], self.writing) else _SCORED_TOGETHER
                 while rest:
-                    now, rest = rest[:_TOGETHER], rest[_TOGETHER:]
-                    answered = {
-                        name: scoring.answers(now, self.task, self.engine, self.prompter, Choice(name), self.writing)
-                        for name in self.models
-                    }
-                    progress.add([
-                        {
-                            "subject": item.subject, "number": item.number, "prompt": item.fingerprint,
-                            "answer": item.answer,
-                            "models": {name: answered[name][n].as_json() for name in self.models},
-                        }
-                        for n, item in enumerate(now)
-                    ])  # fmt: skip
-                    shown.update(len(now))
+                    now, rest = rest[:together], rest[together:]
+                    by_model = {name: asked.answers(now, Choice(name), shown.update) for name in self.models}
+                    progress.add([self._record(item, n, by_model) for n, item in enumerate(now)])
+
+    def _record(self, item: Item, number: int, by_model: Mapping[str, Sequence[scoring.Answer]]) -> Record:
+        return {
+            "subject": item.subject,
+            "number": item.number,
+            "prompt": item.fingerprint,
+            "answer": item.answer,
+            "models": {name: answers[number].as_json() for name, answers in by_model.items()},
+        }
 
     def _settings(self) -> dict[str, Any]:
         """What decides the answers; an earlier evaluation is continued only where all of it is the same."""

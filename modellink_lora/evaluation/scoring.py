@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.data.prompt import Message
 from modellink_lora.evaluation.item import Item, Task
 from modellink_lora.inference.request import Choice, Completion, Request, Sampling, Score
 
 Ids = list[int]
+Advance = Callable[[int], None]
 
 
 class Engine(Protocol):
@@ -21,8 +21,10 @@ class Engine(Protocol):
     max_length: int
     choices: tuple[str, ...]
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, choice: Choice) -> list[Score]: ...
-    def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, choice: Choice, progress: Advance | None = None
+    ) -> list[Score]: ...
+    def generate(self, requests: Sequence[Request], *, progress: Advance | None = None) -> list[Completion]: ...
 
 
 class Prompter(Protocol):
@@ -30,7 +32,7 @@ class Prompter(Protocol):
 
     stop_ids: frozenset[int]
 
-    def chat(self, messages: Sequence[Message]) -> Ids: ...
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids: ...
     def plain(self, text: str) -> Ids: ...
 
 
@@ -69,37 +71,70 @@ def is_written(item: Item, writing: Writing) -> bool:
     return writing.always or not item.choices
 
 
-def answers(
-    items: Sequence[Item], task: Task, engine: Engine, prompter: Prompter, choice: Choice, writing: Writing
-) -> list[Answer]:
-    """The answers of one model to `items`, in their order."""
-    found: dict[int, Answer] = {}
-    written = [n for n, item in enumerate(items) if is_written(item, writing)]
-    scored = [n for n in range(len(items)) if n not in set(written)]
-    for numbers, answer in ((scored, _scored), (written, _written)):
-        if numbers:
-            chosen = [items[n] for n in numbers]
-            found |= dict(zip(numbers, answer(chosen, task, engine, prompter, choice, writing), strict=True))
-    return [found[n] for n in range(len(items))]
+class Answering:
+    """Has models answer the items of one task."""
 
+    def __init__(self, task: Task, engine: Engine, prompter: Prompter, writing: Writing) -> None:
+        self._task, self._engine, self._prompter, self._writing = task, engine, prompter, writing
 
-def _scored(
-    items: Sequence[Item], task: Task, engine: Engine, prompter: Prompter, choice: Choice, writing: Writing
-) -> list[Answer]:
-    pairs, cuts = [], []
-    for item in items:
-        for context, continuation in continuations(item, prompter, engine.tokenizer):
-            shown = _fitting(context, engine.max_length - len(continuation), item)
-            pairs.append((shown, continuation))
-            cuts.append(len(context) - len(shown))
-    totals = iter(score.total for score in engine.score(pairs, choice=choice))
-    cut = iter(cuts)
-    result = []
-    for item in items:
-        scores = {name: next(totals) for name in item.choices}
-        best = max(scores, key=lambda name: scores[name])  # the first of equals
-        result.append(Answer(best, task.judge(best, item), max(next(cut) for _ in scores), scores))
-    return result
+    def answers(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
+        """The answers of one model, in the order of `items`. `progress` is told how many more are there."""
+        written = [is_written(item, self._writing) for item in items]
+        scored = iter(self._scored([i for i, w in zip(items, written) if not w], choice, progress))
+        others = iter(self._written([i for i, w in zip(items, written) if w], choice, progress))
+        return [next(others if w else scored) for w in written]
+
+    def _scored(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
+        if not items:
+            return []
+        pairs, cuts = [], []
+        for item in items:
+            for context, continuation in continuations(item, self._prompter, self._engine.tokenizer):
+                # the continuation's last token is only compared with, so it takes no position
+                shown = _fitting(context, self._engine.max_length + 1 - len(continuation), item)
+                pairs.append((shown, continuation))
+                cuts.append(len(context) - len(shown))
+        done = 0
+
+        def advance(more: int) -> None:
+            nonlocal done
+            before, done = done * len(items) // len(pairs), done + more
+            progress(done * len(items) // len(pairs) - before)
+
+        totals = iter(score.total for score in self._engine.score(pairs, choice=choice, progress=advance))
+        cut = iter(cuts)
+        result = []
+        for item in items:
+            scores = {name: next(totals) for name in item.choices}
+            best = max(scores, key=lambda name: scores[name])  # the first of equals
+            result.append(Answer(best, self._task.judge(best, item), max(next(cut) for _ in scores), scores))
+        return result
+
+    def _written(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
+        if not items:
+            return []
+        requests, cuts = [], []
+        for item in items:
+            plain = isinstance(item.prompt, str)
+            ids = self._prompter.plain(str(item.prompt)) if plain else self._prompter.chat(_messages(item))
+            shown = _fitting(ids, self._engine.max_length - self._writing.max_new_tokens, item)
+            cuts.append(len(ids) - len(shown))
+            requests.append(
+                Request(
+                    ids=tuple(shown),
+                    max_new_tokens=self._writing.max_new_tokens,
+                    sampling=self._writing.sampling,
+                    stop_ids=self._prompter.stop_ids,
+                    stop=self._task.stop if plain else (),
+                    choice=choice,
+                )
+            )
+        result = []
+        completions = self._engine.generate(requests, progress=progress)
+        for item, cut, completion in zip(items, cuts, completions, strict=True):
+            prediction = self._task.read(item, completion.text)
+            result.append(Answer(prediction, self._task.judge(prediction, item), cut, text=completion.text))
+        return result
 
 
 def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[Ids, Ids]]:
@@ -112,7 +147,7 @@ def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[
     In a conversation the answer is encoded on its own, as it was in training.
     """
     if not isinstance(item.prompt, str):
-        context = prompter.chat(item.prompt)
+        context = prompter.chat(_messages(item))
         return [(context, tokenizer.encode(text, add_special_tokens=False)) for text in item.choices.values()]
     prompt = item.prompt.rstrip()
     context, pairs = prompter.plain(prompt), []
@@ -125,26 +160,9 @@ def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[
     return pairs
 
 
-def _written(
-    items: Sequence[Item], task: Task, engine: Engine, prompter: Prompter, choice: Choice, writing: Writing
-) -> list[Answer]:
-    requests, cuts = [], []
-    for item in items:
-        plain = isinstance(item.prompt, str)
-        ids = prompter.plain(item.prompt) if isinstance(item.prompt, str) else prompter.chat(item.prompt)
-        shown = _fitting(ids, engine.max_length - writing.max_new_tokens, item)
-        cuts.append(len(ids) - len(shown))
-        requests.append(
-            Request(
-                tuple(shown), writing.max_new_tokens, writing.sampling, prompter.stop_ids, task.stop if plain else (),
-                choice,
-            )
-        )  # fmt: skip
-    result = []
-    for item, cut, completion in zip(items, cuts, engine.generate(requests), strict=True):
-        prediction = task.read(item, completion.text)
-        result.append(Answer(prediction, task.judge(prediction, item), cut, text=completion.text))
-    return result
+def _messages(item: Item) -> list[dict[str, str]]:
+    assert not isinstance(item.prompt, str)
+    return [{"role": message.role, "content": message.content} for message in item.prompt]
 
 
 def _fitting(ids: Ids, room: int, item: Item) -> Ids:
