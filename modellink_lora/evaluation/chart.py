@@ -10,8 +10,8 @@ from modellink_lora.evaluation.results import CATEGORY, SUBJECT, TOTAL, Tally
 from modellink_lora.evaluation.statistics import wilson
 from modellink_lora.inference.request import BASE
 
-_COLOURS = ("#9aa5b1", "#d1495b", "#00798c", "#edae49", "#30638e", "#6a4c93")  # grey is always the base
-_BAR = 0.36  # inches of one model's bar
+_COLOURS = ("#a9b2bc", "#00798c", "#d1495b", "#edae49", "#30638e", "#6a4c93")  # grey is always the base
+_BAR = 0.17  # inches of one model's bar
 
 
 def draw(rows: Sequence[Tally], title: str, path: Path, *, chance: float | None) -> None:
@@ -31,7 +31,7 @@ def draw(rows: Sequence[Tally], title: str, path: Path, *, chance: float | None)
     for group in groups:
         places += [(y + n, row) for n, row in enumerate(group)]
         y += len(group) + (0.5 if group else 0)
-    height = 1.5 + y * (_BAR * min(len(models), 3) * 0.62 + 0.12)
+    height = 1.5 + y * max(0.22, _BAR * len(models))
     figure = Figure(figsize=(8.5, max(2.6, height)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     thick = 0.8 / len(models)

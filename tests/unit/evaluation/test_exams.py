@@ -155,5 +155,4 @@ def test_every_subject_has_one_category() -> None:
 def test_the_published_files_are_read() -> None:
     found = items("mmlu", shared("data/mmlu/data/test"))
     assert len(found) == 100 + 152 + 100 + 198 + 112 + 234
-    assert any("\n" in str(item.prompt).split("\n\n")[-1].split("\nA. ")[0] for item in found)  # inside quotes
     assert len(items("cmmlu", shared("data/cmmlu"))) == 169 + 136 + 105 + 171

@@ -47,7 +47,7 @@ def test_boolq_takes_examples_from_a_train_file(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{**BOOLQ, "answer": False}])
     (item,) = items("boolq", tmp_path, num_shots=1)
     assert str(item.prompt).startswith("Snow is white.\nQuestion: is snow white?\nAnswer: No\n\nSnow")
-    with pytest.raises(UserError, match="--num-shots 2: .*holds only 1"):
+    with pytest.raises(UserError, match=r"--num-shots 2: .*holds only 1"):
         items("boolq", tmp_path, num_shots=2)
 
 
@@ -67,20 +67,20 @@ def test_gsm8k_shows_solutions_and_reads_the_number(tmp_path: Path) -> None:
 
 def test_gsm8k_without_a_train_file_says_what_to_do(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", [GSM8K])
-    with pytest.raises(UserError, match="train.*--num-shots 0"):
+    with pytest.raises(UserError, match=r"train.*--num-shots 0"):
         items("gsm8k", tmp_path)
     assert items("gsm8k", tmp_path, num_shots=0)[0].prompt == "Question: 2 and 3?\nAnswer:"
 
 
 def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", [GSM8K, {**GSM8K, "answer": "no number"}])
-    with pytest.raises(UserError, match="test.jsonl line 2: the answer does not end with ####"):
+    with pytest.raises(UserError, match=r"test.jsonl line 2: the answer does not end with ####"):
         items("gsm8k", tmp_path, num_shots=0)
     (tmp_path / "test.jsonl").write_text('{"question": \n')
-    with pytest.raises(UserError, match="test.jsonl line 1: broken JSON"):
+    with pytest.raises(UserError, match=r"test.jsonl line 1: broken JSON"):
         items("gsm8k", tmp_path, num_shots=0)
     write(tmp_path / "test.jsonl", [{"answer": True, "passage": "x"}])
-    with pytest.raises(UserError, match="test.jsonl line 1: 'question' is missing"):
+    with pytest.raises(UserError, match=r"test.jsonl line 1: 'question' is missing"):
         items("boolq", tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_bbh_puts_the_authors_examples_before_the_question(bbh: Path) -> None:
     assert str(items("bbh", bbh / "bbh", num_shots=0)[0].prompt) == "Say yes or no.\n\nQ: Is 3 odd?\nA:"
     roles = [message.role for message in items("bbh", bbh, num_shots=1, chat=True)[0].prompt]  # type: ignore[union-attr]
     assert roles == ["user", "assistant", "user"]
-    with pytest.raises(UserError, match="--num-shots 3: .*odd.txt holds only 2"):
+    with pytest.raises(UserError, match=r"--num-shots 3: .*odd.txt holds only 2"):
         items("bbh", bbh, num_shots=3)
 
 
@@ -129,7 +129,7 @@ def test_bbh_reads_what_the_answer_is_said_to_be(bbh: Path) -> None:
 def test_bbh_without_examples_asks_the_question_alone(bbh: Path) -> None:
     (bbh / "cot-prompts/odd.txt").unlink()
     assert items("bbh", bbh)[0].prompt == "Q: Is 3 odd?\nA:"
-    with pytest.raises(UserError, match="cot-prompts.*--num-shots 0"):
+    with pytest.raises(UserError, match=r"cot-prompts.*--num-shots 0"):
         items("bbh", bbh, num_shots=2)
 
 
@@ -170,7 +170,7 @@ def test_agieval_takes_examples_from_the_authors_table(tmp_path: Path) -> None:
     assert str(item.prompt).startswith(
         "Q: Which? Answer Choices: (A)x (B)y (C)z\nA: Among A through C, the answer is C\n\n"
     )
-    with pytest.raises(UserError, match="--num-shots 2: .*holds only 1 for sat-en-without-passage"):
+    with pytest.raises(UserError, match=r"--num-shots 2: .*holds only 1 for sat-en-without-passage"):
         items("agieval", tmp_path, num_shots=2)
 
 
@@ -199,7 +199,7 @@ def test_human_eval_can_be_asked_with_a_template(tmp_path: Path) -> None:
     assert items("human_eval", tmp_path, instruction="Do {prompt}!")[0].prompt == f"Do {PROBLEM['prompt']}!"
     (message,) = items("human_eval", tmp_path, chat=True)[0].prompt
     assert PROBLEM["prompt"] in message.content and "code block" in message.content  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="human_eval has no worked examples"):
+    with pytest.raises(UserError, match=r"human_eval has no worked examples"):
         items("human_eval", tmp_path, num_shots=1)
 
 

@@ -43,7 +43,7 @@ def test_a_damaged_line_before_the_last_is_an_error(tmp_path: Path) -> None:
     begun(tmp_path, 0)
     file = tmp_path / "items.rank0.jsonl"
     file.write_text("{}\n" + file.read_text())
-    with pytest.raises(UserError, match="items.rank0.jsonl line 1: is damaged.*--overwrite"):
+    with pytest.raises(UserError, match=r"items.rank0.jsonl line 1: is damaged.*--overwrite"):
         Progress(tmp_path, SETTINGS)
 
 
