@@ -35,4 +35,8 @@ def mcnemar(better: int, worse: int) -> float:
     if better == worse:
         return 1.0
     # whole numbers throughout: 2 ** of leaves the range of floats at a thousand questions, their quotient does not
-    return 2 * sum(math.comb(of, k) for k in range(fewer + 1)) / 2**of
+    ways = total = 1
+    for k in range(fewer):
+        ways = ways * (of - k) // (k + 1)  # of over k + 1
+        total += ways
+    return 2 * total / 2**of
