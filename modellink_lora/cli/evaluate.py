@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     replicas=served.replicas,
                     gather=served.gather,
                     say=say,
-                    facts={"about": dict(served.about)},
+                    facts={"command": list(sys.argv[1:] if argv is None else argv), "about": dict(served.about)},
                 )
     return 0
 

@@ -158,6 +158,18 @@ def _object(text: str, file: Path, line: int) -> dict[str, Any]:
     return value
 
 
+def train_shots(train: Sequence[Path], wanted: int, *, folder: Path, task: str) -> list[Row]:
+    """The first `wanted` rows of a task's train files. Raises UserError when there are none, or fewer."""
+    if not wanted:
+        return []
+    if not train:
+        raise UserError(
+            f"--task-data-path {folder}: the {wanted} worked examples of {task} come from a train*.jsonl beside the "
+            "other files, and there is none: put it there, or give --num-shots 0"
+        )
+    return first_shots(json_rows(train), wanted, where=train[0])
+
+
 def first_shots(found: Sequence[Row], wanted: int, *, where: Path) -> list[Row]:
     """The first `wanted` rows. Raises UserError naming both numbers when there are fewer."""
     if wanted > len(found):

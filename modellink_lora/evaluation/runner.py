@@ -26,7 +26,7 @@ from modellink_lora.evaluation import chart, results, scoring
 from modellink_lora.evaluation.index import TASKS
 from modellink_lora.evaluation.item import Item, Options, Task
 from modellink_lora.evaluation.progress import Progress, Record, digest, fingerprint, key_of
-from modellink_lora.inference.request import BASE, Choice, Sampling
+from modellink_lora.inference.request import BASE, Sampling
 
 # So many questions of one subject are answered by every model and brought to the disk before the next: what a kill
 # costs, against the worked examples in front of them, which are computed once each time.
@@ -163,7 +163,7 @@ class _Run:
                 progress.join(records)
 
     def _answer(self, waiting: Sequence[Item], progress: Progress, *, bar: bool, done: int, of: int) -> None:
-        asked = scoring.Answering(self.task, self.engine, self.prompter, self.writing)
+        asked = scoring.Answering(self.task, self.engine, self.prompter, self.writing, self.models)
         each = len(self.models)
         with tqdm(
             total=of * each,
@@ -179,17 +179,8 @@ class _Run:
                 together = _WRITTEN_TOGETHER if scoring.is_written(rest[0], self.writing) else _SCORED_TOGETHER
                 while rest:
                     now, rest = rest[:together], rest[together:]
-                    by_model = {name: asked.answers(now, Choice(name), shown.update) for name in self.models}
-                    progress.add([self._record(item, n, by_model) for n, item in enumerate(now)])
-
-    def _record(self, item: Item, number: int, by_model: Mapping[str, Sequence[scoring.Answer]]) -> Record:
-        return {
-            "subject": item.subject,
-            "number": item.number,
-            "prompt": item.fingerprint,
-            "answer": item.answer,
-            "models": {name: answers[number].as_json() for name, answers in by_model.items()},
-        }
+                    answered = asked.answers(now, shown.update)
+                    progress.add([_record(item, answers) for item, answers in zip(now, answered, strict=True)])
 
     def _settings(self) -> dict[str, Any]:
         """What decides the answers; an earlier evaluation is continued only where all of it is the same."""
@@ -251,6 +242,16 @@ class _Run:
         chart.draw(rows, title, self.folder / "accuracy.png", chance=chance)
         say(f"results.csv, results.json, items.jsonl and accuracy.png are in {self.folder}")
         say(f"{self.task.name.upper()} Running Time:, {seconds:.1f} s")
+
+
+def _record(item: Item, answers: Mapping[str, scoring.Answer]) -> Record:
+    return {
+        "subject": item.subject,
+        "number": item.number,
+        "prompt": item.fingerprint,
+        "answer": item.answer,
+        "models": {name: answer.as_json() for name, answer in answers.items()},
+    }
 
 
 def versions() -> dict[str, str]:

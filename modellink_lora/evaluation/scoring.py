@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,19 +75,19 @@ def is_written(item: Item, writing: Writing) -> bool:
 class Answering:
     """Has models answer the items of one task."""
 
-    def __init__(self, task: Task, engine: Engine, prompter: Prompter, writing: Writing) -> None:
+    def __init__(self, task: Task, engine: Engine, prompter: Prompter, writing: Writing, models: Sequence[str]) -> None:
         self._task, self._engine, self._prompter, self._writing = task, engine, prompter, writing
+        self._models = models
 
-    def answers(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
-        """The answers of one model, in the order of `items`. `progress` is told how many more are there."""
+    def answers(self, items: Sequence[Item], progress: Advance) -> list[dict[str, Answer]]:
+        """The answers of each model to each item. `progress` is told how many more there are."""
         written = [is_written(item, self._writing) for item in items]
-        scored = iter(self._scored([i for i, w in zip(items, written) if not w], choice, progress))
-        others = iter(self._written([i for i, w in zip(items, written) if w], choice, progress))
+        scored = iter(self._scored([item for item, w in zip(items, written) if not w], progress))
+        others = iter(self._written([item for item, w in zip(items, written) if w], progress))
         return [next(others if w else scored) for w in written]
 
-    def _scored(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
-        if not items:
-            return []
+    def _scored(self, items: Sequence[Item], progress: Advance) -> list[dict[str, Answer]]:
+        found: list[dict[str, Answer]] = [{} for _ in items]
         pairs, cuts = [], []
         for item in items:
             for context, continuation in continuations(item, self._prompter, self._engine.tokenizer):
@@ -94,25 +95,18 @@ class Answering:
                 shown = _fitting(context, self._engine.max_length + 1 - len(continuation), item)
                 pairs.append((shown, continuation))
                 cuts.append(len(context) - len(shown))
-        done = 0
+        for model in self._models if items else ():
+            advance = _in_steps(progress, len(items), len(pairs))
+            totals = iter([one.total for one in self._engine.score(pairs, choice=Choice(model), progress=advance)])
+            cut = iter(cuts)
+            for item, answers in zip(items, found):
+                scores = {name: next(totals) for name in item.choices}
+                best = max(scores, key=scores.__getitem__)  # the first of equals
+                answers[model] = Answer(best, self._task.judge(best, item), max(next(cut) for _ in scores), scores)
+        return found
 
-        def advance(more: int) -> None:
-            nonlocal done
-            before, done = done * len(items) // len(pairs), done + more
-            progress(done * len(items) // len(pairs) - before)
-
-        totals = iter(score.total for score in self._engine.score(pairs, choice=choice, progress=advance))
-        cut = iter(cuts)
-        result = []
-        for item in items:
-            scores = {name: next(totals) for name in item.choices}
-            best = max(scores, key=lambda name: scores[name])  # the first of equals
-            result.append(Answer(best, self._task.judge(best, item), max(next(cut) for _ in scores), scores))
-        return result
-
-    def _written(self, items: Sequence[Item], choice: Choice, progress: Advance) -> list[Answer]:
-        if not items:
-            return []
+    def _written(self, items: Sequence[Item], progress: Advance) -> list[dict[str, Answer]]:
+        found: list[dict[str, Answer]] = [{} for _ in items]
         requests, cuts = [], []
         for item in items:
             plain = isinstance(item.prompt, str)
@@ -126,15 +120,27 @@ class Answering:
                     sampling=self._writing.sampling,
                     stop_ids=self._prompter.stop_ids,
                     stop=self._task.stop if plain else (),
-                    choice=choice,
                 )
             )
-        result = []
-        completions = self._engine.generate(requests, progress=progress)
-        for item, cut, completion in zip(items, cuts, completions, strict=True):
-            prediction = self._task.read(item, completion.text)
-            result.append(Answer(prediction, self._task.judge(prediction, item), cut, text=completion.text))
-        return result
+        for model in self._models if items else ():
+            asked = [dataclasses.replace(request, choice=Choice(model)) for request in requests]
+            completions = self._engine.generate(asked, progress=progress)
+            for item, answers, cut, completion in zip(items, found, cuts, completions, strict=True):
+                prediction = self._task.read(item, completion.text)
+                answers[model] = Answer(prediction, self._task.judge(prediction, item), cut, text=completion.text)
+        return found
+
+
+def _in_steps(progress: Advance, items: int, pairs: int) -> Advance:
+    """Tells `progress` of items what is said of pairs."""
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        before, done = done, done + more
+        progress(done * items // pairs - before * items // pairs)
+
+    return advance
 
 
 def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[Ids, Ids]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from modellink_lora.evaluation.files import Row, first_shots, json_rows, split_files
+from modellink_lora.evaluation.files import Row, json_rows, split_files, train_shots
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
 
 _CHOICES = {"Yes": " Yes", "No": " No"}
@@ -15,9 +15,7 @@ _CHAT_CHOICES = {"Yes": "Yes", "No": "No"}
 def items(folder: Path, options: Options) -> list[Item]:
     """The questions of the test files, else of the dev files; worked examples are the first rows of a train file."""
     files, train = split_files(folder, task="boolq")
-    shots: list[Row] = []
-    if options.num_shots:
-        shots = first_shots(json_rows(train) if train else [], options.num_shots, where=folder / "train*.jsonl")
+    shots = train_shots(train, options.num_shots or 0, folder=folder, task="boolq")
     choices = _CHAT_CHOICES if options.chat else _CHOICES
     return [
         Item("boolq", number, _prompt(row, shots, options.chat), _answer(row), choices)

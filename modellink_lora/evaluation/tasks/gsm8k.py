@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from modellink_lora.config.errors import UserError
-from modellink_lora.evaluation.files import Row, first_shots, json_rows, split_files
+from modellink_lora.evaluation.files import Row, json_rows, split_files, train_shots
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
 
 DEFAULT_SHOTS = 5
@@ -17,12 +16,7 @@ def items(folder: Path, options: Options) -> list[Item]:
     """The questions of the test files; worked examples are the first rows of a train file, with their solutions."""
     files, train = split_files(folder, task="gsm8k")
     wanted = DEFAULT_SHOTS if options.num_shots is None else options.num_shots
-    if wanted and not train:
-        raise UserError(
-            f"--task-data-path {folder}: the {wanted} worked examples of gsm8k come from a train*.jsonl beside the "
-            "test file, and there is none: put it there, or give --num-shots 0"
-        )
-    shots = first_shots(json_rows(train), wanted, where=train[0]) if wanted else []
+    shots = train_shots(train, wanted, folder=folder, task="gsm8k")
     return [
         Item("gsm8k", number, _prompt(row, shots, options.chat), _solution(row)[1])
         for number, row in enumerate(json_rows(files)[: options.most])
