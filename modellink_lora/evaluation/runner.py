@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,8 +46,8 @@ def read_items(config: EvalConfig, model: EngineConfig) -> Work:
     )  # fmt: skip
     if config.no_chat_template and model.hf_chat_template:
         raise UserError("--no-chat-template and --hf-chat-template exclude each other: give one")
-    return {
-        name: TASKS[name].items(Path(path), options)
+    return {  # absolute: what lies beside a folder is looked for, and beside "." lies nothing
+        name: TASKS[name].items(Path(os.path.abspath(path)), options)
         for name, path in zip(config.task, config.task_data_path, strict=True)
     }
 

@@ -51,8 +51,10 @@ def exam(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return {"hf": hf, "test": test, "adapter": strong_adapter(folder / "adapter", hf)}
 
 
-def evaluated(exam: dict[str, Path], save: Path, *, layout: dict[str, Any] | None = None, **config: Any) -> list[str]:
-    """What the first process said about base and tuned model."""
+def evaluated(
+    exam: dict[str, Path], save: Path, *, layout: dict[str, Any] | None = None, **config: Any
+) -> list[tuple[list[str], int]]:
+    """Of each process: what it said about base and tuned model, and how many choices it scored."""
     return run(
         evaluate_here,
         world_size=2,
@@ -60,7 +62,7 @@ def evaluated(exam: dict[str, Path], save: Path, *, layout: dict[str, Any] | Non
                 "max_eval_samples": QUESTIONS, "save": str(save), **config},
         model={"load": str(exam["hf"]), "lora_load": str(exam["adapter"]), "max_batch_size": 4},
         parallel=layout,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 def items(save: Path, task: str = "mmlu") -> list[dict[str, Any]]:
@@ -69,9 +71,12 @@ def items(save: Path, task: str = "mmlu") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def judged(exam: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Results and log of two replicas."""
+    """Results and log of two replicas, which have shared the work."""
     save = tmp_path_factory.mktemp("judged")
-    return save, evaluated(exam, save)
+    (said, first), (nothing, second) = evaluated(exam, save)
+    assert first == second == len(SUBJECTS) * QUESTIONS // 2 * len("ABCD") * len(("base", "tuned"))
+    assert nothing == []
+    return save, said
 
 
 def test_scores_are_those_of_transformers_and_peft(exam: dict[str, Path], judged: tuple[Path, list[str]]) -> None:
@@ -120,7 +125,7 @@ def test_what_another_number_of_replicas_has_begun_is_finished(
     for rank in range(3):
         done[rank]["models"]["base"]["prediction"] = "kept"
         (folder / f"items.rank{rank}.jsonl").write_text(json.dumps(done[rank]) + "\n")
-    said = evaluated(exam, tmp_path)
+    said = evaluated(exam, tmp_path)[0][0]
     assert any("3 answered before" in line for line in said)
     again = items(tmp_path)
     assert [item["models"]["base"]["prediction"] for item in again[:3]] == ["kept"] * 3
@@ -140,7 +145,7 @@ def test_tasks_that_write_their_answers_run_beside_those_that_score(exam: dict[s
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps(row) + "\n")
     tasks = tuple(name.split("/")[0] for name in files)
-    said = evaluated(
+    (said, _), _ = evaluated(
         exam, tmp_path / "out", task=tasks, task_data_path=tuple(str(tmp_path / task) for task in tasks), num_shots=0,
         max_new_tokens=6,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from tests.helpers.random_adapters import write_peft_folder
 
 def evaluate_here(
     *, config: dict[str, Any], model: dict[str, Any], parallel: dict[str, Any] | None = None
-) -> list[str]:
-    """The whole job after its flags are parsed; what it said on this rank."""
+) -> tuple[list[str], int]:
+    """The whole job after its flags are parsed: what it said on this rank, and how many choices this rank scored."""
     from modellink_lora.config.engine import EngineConfig
     from modellink_lora.config.evaluate import EvalConfig
     from modellink_lora.config.parallel import ParallelConfig
@@ -23,6 +23,7 @@ def evaluate_here(
     from modellink_lora.inference.session import open_engine
 
     said: list[str] = []
+    scored = 0
     wanted, of = EvalConfig(**config), EngineConfig(**model)
     work = read_items(wanted, of)
     with open_engine(
@@ -30,11 +31,19 @@ def evaluate_here(
         torch_device=torch.device("cpu"), say=said.append, replicas=True, adopt_template=False,
     ) as served:  # fmt: skip
         if served is not None:
+            score = served.engine.score
+
+            def counted(pairs: Any, **arguments: Any) -> Any:
+                nonlocal scored
+                scored += len(pairs)
+                return score(pairs, **arguments)
+
+            served.engine.score = counted  # type: ignore[method-assign]
             evaluate(
                 served.engine, served.prompter, wanted, model=of, work=work, replica=served.replica,
                 replicas=served.replicas, gather=served.gather, say=said.append,
             )  # fmt: skip
-    return said
+    return said, scored
 
 
 def strong_adapter(folder: Path, hf: Path) -> Path:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.errors import UserError
+from modellink_lora.config.evaluate import EvalConfig
 from modellink_lora.evaluation.index import TASKS
 from modellink_lora.evaluation.item import Item, Options
+from modellink_lora.evaluation.runner import read_items
 from modellink_lora.evaluation.tasks import ceval, cmmlu, mmlu
 from tests.helpers.shared import shared
 
@@ -80,6 +83,12 @@ def test_the_language_of_the_prompts_can_be_chosen(chinese: Path) -> None:
 @pytest.mark.parametrize("place", ["data/test", "data/test/", "data", "."])
 def test_the_folder_of_the_test_files_is_found_from_above_and_with_a_slash(exam: Path, place: str) -> None:
     assert [item.answer for item in items("mmlu", f"{exam}/{place}", num_shots=0)] == ["D", "A"]
+
+
+def test_the_folder_may_be_the_one_the_user_is_in(exam: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exam / "data/test")
+    config = EvalConfig(task=("mmlu",), task_data_path=(".",), num_shots=3)
+    assert len(read_items(config, EngineConfig())["mmlu"]) == 2
 
 
 def test_a_repeated_header_of_mmlu_is_left_out(exam: Path) -> None:
