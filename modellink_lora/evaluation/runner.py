@@ -147,8 +147,9 @@ class _Run:
             )
             mine = self.items[replica::replicas]
             waiting = [item for item in mine if (item.subject, item.number) not in progress.done]
-            if first:
-                found = f"{len(progress.done)} answered before, " if progress.done else ""
+            before = gather(len(mine) - len(waiting))  # another replica may be at work already: each counts its own
+            if before is not None:
+                found = f"{sum(before)} answered before, " if sum(before) else ""
                 say(
                     f"{self.task.name}: {found}{len(self.items)} questions with {' and '.join(self.models)}, "
                     f"results in {self.folder}"
@@ -156,12 +157,11 @@ class _Run:
             self._answer(waiting, progress, bar=first, done=len(mine) - len(waiting), of=len(mine))
             progress.close()
             parts = gather([progress.done[item.subject, item.number] for item in mine])
-            if first:
-                assert parts is not None
+            if parts is not None:
                 by_key = {key_of(record): record for part in parts for record in part}
                 records = [by_key[item.subject, item.number] for item in self.items]
-                self._finish(records, say, time.monotonic() - started)
                 progress.join(records)
+                self._finish(records, say, time.monotonic() - started)
 
     def _answer(self, waiting: Sequence[Item], progress: Progress, *, bar: bool, done: int, of: int) -> None:
         asked = scoring.Answering(self.task, self.engine, self.prompter, self.writing, self.models)
