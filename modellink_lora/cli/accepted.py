@@ -7,6 +7,9 @@ communication or a place in memory. Everything else that this version does not d
 from __future__ import annotations
 
 from modellink_lora.cli.flags import Accepted, only
+from modellink_lora.cli.option import Option, options_of
+from modellink_lora.config.engine import EngineConfig
+from modellink_lora.config.train import SftDataConfig, TrainConfig
 
 _FUSED = "this version computes it with PyTorch's own operations, which give the same result"
 _SWITCHES = {
@@ -82,3 +85,37 @@ REFUSED: dict[str, str] = {
         "convert_ckpt.py, or correct the model flags"
     ),
 }
+
+
+# What follows is for the jobs that only run a model. Scripts of ModelLink hand them the flags of training too.
+_TRAINING = "a setting of training; nothing is trained here"
+_RUNNING = {
+    "use-kv-cache": Accepted(0, "the key/value cache is on by default; --no-kv-cache turns it off"),
+    "inference-batch-times-seqlen-threshold": Accepted(1, "the engine splits its work by itself"),
+    "seq-length": Accepted(1, "--max-length, and else the model's positions, limit prompt and answer together"),
+    "micro-batch-size": Accepted(1, "--max-batch-size says how many prompts are computed at once"),
+    "global-batch-size": Accepted(1, "--max-batch-size says how many prompts are computed at once"),
+    "no-load-optim": Accepted(0, "optimizer states are never read here"),
+    "no-load-rng": Accepted(0, "random states are never read here; --seed sets those of sampling"),
+    "tokenizer-padding-side": Accepted(1, "results do not depend on how a batch is padded"),
+    "reset-position-ids": Accepted(0, "it concerns packed samples of training"),
+}
+_OWNED_ELSEWHERE = {"save"}  # evaluation's results
+
+
+def _taken(option: Option) -> Accepted:
+    return Accepted(0 if option.kind is bool else "+" if option.many else 1, _TRAINING)
+
+
+_ENGINE_FLAGS = {spelling for option in options_of(EngineConfig) for spelling in option.spellings}
+INFERENCE_ACCEPTED: dict[str, Accepted] = {
+    name: row
+    for name, row in (
+        {spelling: _taken(o) for c in (TrainConfig, SftDataConfig) for o in options_of(c) for spelling in o.spellings}
+        | ACCEPTED
+        | _RUNNING
+    ).items()
+    if name not in _ENGINE_FLAGS | _OWNED_ELSEWHERE
+}
+
+INFERENCE_REFUSED: dict[str, str] = {name: reason for name, reason in REFUSED.items() if name not in INFERENCE_ACCEPTED}
