@@ -39,7 +39,7 @@ class InferConfig:
     adapter_scale: float = flag(1.0, "strength of the adapter: 0 is the base, 1 as trained")
     history_turns: int = flag(3, "questions that a chat remembers, the newest included")
     host: str = flag("127.0.0.1", "address that server and web page listen on; by default this machine only")
-    port: int | None = flag(None, "port of the server (default 8000) or the web page (default 7860); 0 takes a free one")
+    port: int | None = flag(None, "port of server (default 8000) or web page (default 7860); 0 takes a free one")
     api_key: str | None = flag(None, "ask clients of the server for this key (Authorization: Bearer KEY)")
     max_waiting: int = flag(256, "requests that may wait for their turn; more are answered with status 429")
     max_request_bytes: int = flag(1 << 20, "longest request the server reads")

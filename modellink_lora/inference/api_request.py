@@ -141,8 +141,8 @@ class Reader:
         new = min(self._config.max_new_tokens, most - length) if wanted is None else wanted
         if new < 1 or length + new > most:
             asked = f" and max_tokens {wanted}" if wanted is not None else ""
-            raise ApiError(400, f"the prompt has {length} tokens{asked}; the model has room for {most} tokens of prompt "
-                           "and answer together", param=param, code="context_length_exceeded")  # fmt: skip
+            raise ApiError(400, f"the prompt has {length} tokens{asked}; the model has room for {most} of prompt and "
+                           "answer together", param=param, code="context_length_exceeded")  # fmt: skip
         return new
 
     def _messages(self, fields: _Fields) -> list[list[int]]:
@@ -271,7 +271,9 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {_short(role)}", param=where)
     content = message.get("content")
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
     if not isinstance(content, str):
         raise ApiError(400, f"{where}.content must be a text, or a list of parts of type text", param=where)

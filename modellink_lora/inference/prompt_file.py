@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import DEFAULT_PROMPT, InferConfig
-from modellink_lora.inference.logits import read_prompts
 
 ROLES = ("system", "user", "assistant", "tool")
 Messages = list[dict[str, str]]
@@ -31,6 +30,28 @@ def prompts_of(config: InferConfig) -> list[Prompt]:
     if path.suffix not in (".txt", ".json", ".jsonl"):
         raise UserError(f"--prompt-file {path}: give a .txt file of lines, a .json list or a .jsonl file")
     return read_conversations(path) if path.suffix == ".jsonl" else list(read_prompts(path))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in `path`. Raises UserError for a missing or empty file and for anything that is not text."""
+    if not path.is_file():
+        raise UserError(f"--prompt-file {path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {path}: not UTF-8 text ({error})") from None
+    if path.suffix == ".txt":
+        prompts = [line for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            prompts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--prompt-file {path}: not valid JSON ({error})") from None
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise UserError(f'--prompt-file {path}: must be a JSON list of texts such as ["Who are you?"]')
+    if not prompts:
+        raise UserError(f"--prompt-file {path}: holds no prompt")
+    return prompts
 
 
 def read_conversations(path: Path) -> list[Prompt]:

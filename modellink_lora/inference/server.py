@@ -11,7 +11,7 @@ import hmac
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,8 +22,6 @@ from modellink_lora.inference.api_request import ApiError, Asked, Reader
 from modellink_lora.inference.listening import Listening, address_of, is_loopback
 from modellink_lora.inference.request import Token
 from modellink_lora.inference.worker import Busy, Ended, Worker
-
-PACKAGES_MISSING = "needs packages that are not installed here: pip install modellink_lora[web]"
 
 
 def serve(
@@ -97,11 +95,10 @@ def make_application(
         if asked.stream:
             first = await anext(tokens)  # an error before it is still an answer with a status
             return StreamingResponse(
-                events(writer, first, tokens, len(asked.requests)), media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
-            )  # fmt: skip
+                events(writer, first, tokens), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
         gone = asyncio.create_task(disconnected(request))
-        collecting = asyncio.create_task(collect(writer, tokens, len(asked.requests)))
+        collecting = asyncio.create_task(collect(writer, tokens))
         try:
             await asyncio.wait({gone, collecting}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
@@ -153,7 +150,7 @@ def parse(body: bytes) -> Any:
         raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from None
 
 
-async def ask(worker: Worker, asked: Asked) -> AsyncIterator[tuple[int, Token]]:
+async def ask(worker: Worker, asked: Asked) -> AsyncGenerator[tuple[int, Token], None]:
     """(which request, token) as they come; closing the iterator cancels what has not ended."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Token | Ended]]()
 
@@ -182,7 +179,7 @@ async def ask(worker: Worker, asked: Asked) -> AsyncIterator[tuple[int, Token]]:
             worker.cancel(answer)
 
 
-async def collect(writer: Writer, tokens: AsyncIterator[tuple[int, Token]], open_: int) -> None:
+async def collect(writer: Writer, tokens: AsyncIterator[tuple[int, Token]]) -> None:
     async for index, token in tokens:
         writer.add(index, token)
 
@@ -192,9 +189,7 @@ async def disconnected(request: Any) -> None:
         pass
 
 
-async def events(
-    writer: Writer, first: tuple[int, Token], tokens: Any, open_: int
-) -> AsyncIterator[str]:  # fmt: skip
+async def events(writer: Writer, first: tuple[int, Token], tokens: Any) -> AsyncIterator[str]:
     """Server-sent events of one answer."""
     async with contextlib.aclosing(tokens):
         for chunk in (*writer.opening(), *writer.piece(*first)):
