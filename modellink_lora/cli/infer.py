@@ -81,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             from modellink_lora.inference.chat import Chat
 
-            templated = bool(engine_config.prompt_type or engine_config.hf_chat_template)
-            Chat(config, served.engine, served.prompter, templated=templated, seed=engine_config.seed,
-                 console=Console()).run()  # fmt: skip
+            Chat(config, served.engine, served.prompter, seed=engine_config.seed, console=Console()).run()
         elif listens:
             if last == "web":
                 from modellink_lora.inference.web import serve

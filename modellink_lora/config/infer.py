@@ -32,7 +32,7 @@ class InferConfig:
     top_k: int = flag(50, "sample from that many of the most likely tokens; 0 from all")
     top_p: float = flag(0.95, "sample from the most likely tokens that together reach this probability")
     min_p: float = flag(0.0, "sample from tokens with at least this share of the best one's probability")
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely")
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely; not in beam_search")
     num_beams: int = flag(2, "beams of a beam search")
     length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
     stop: tuple[str, ...] = flag((), "further texts that end an answer")
@@ -101,11 +101,14 @@ _BEAM = ("beam_search", "beam_search_with_sampling")
 _SAMPLED = ("do_sample", "beam_search_with_sampling", "chat", "server", "web")
 _LISTENING = ("server", "web")
 _EFFECT = {
-    "prompt": BATCH_TASKS, "prompt_file": BATCH_TASKS, "num_beams": _BEAM, "length_penalty": _BEAM,
-    "temperature": _SAMPLED, "top_k": _SAMPLED, "top_p": _SAMPLED, "min_p": _SAMPLED, "history_turns": ("chat", "web"),
-    "host": _LISTENING, "port": _LISTENING, "api_key": ("server",), "max_waiting": _LISTENING,
-    "max_request_bytes": ("server",),
-}  # fmt: skip
+    **dict.fromkeys(("prompt", "prompt_file"), BATCH_TASKS),
+    **dict.fromkeys(("num_beams", "length_penalty"), _BEAM),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), _SAMPLED),
+    **dict.fromkeys(("host", "port", "max_waiting"), _LISTENING),
+    **dict.fromkeys(("api_key", "max_request_bytes"), ("server",)),
+    "repetition_penalty": ("greedy", *_SAMPLED),
+    "history_turns": ("chat", "web"),
+}
 
 
 def without_effect(given: Iterable[str], tasks: Iterable[str]) -> list[str]:

@@ -113,8 +113,8 @@ class Writer:
 
 
 def _inside(tokens: Sequence[Token]) -> Sequence[Token]:
-    """Without the token that ended the answer, which is no part of it."""
-    return [token for token in tokens if token.finish != "stop"]
+    """Without a stop token, which is no part of the answer."""
+    return [token for token in tokens if token.counted]
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:

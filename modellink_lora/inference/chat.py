@@ -31,15 +31,12 @@ class Chat:
     """Which models answer, and what each of them remembers.
 
     Args:
-        templated: prompts get a template; without one the conversation is one running text.
         seed: of the first answer; each further one has the next.
     """
 
-    def __init__(
-        self, config: InferConfig, engine: Any, prompter: Any, *, templated: bool, seed: int, console: Console
-    ) -> None:
+    def __init__(self, config: InferConfig, engine: Any, prompter: Any, *, seed: int, console: Console) -> None:
         self._config, self._engine, self._prompter = config, engine, prompter
-        self._templated, self._seed, self._console = templated, seed, console
+        self._seed, self._console = seed, console
         self._tuned = default_choice(engine, config.adapter_scale)
         self.choices = [self._tuned]
         self._histories: dict[str, History] = {}
@@ -99,7 +96,7 @@ class Chat:
 
     def _answer(self, question: str, choice: Choice) -> None:
         history = self._histories.setdefault(
-            choice.adapter, History(self._prompter, self._config.history_turns, self._templated)
+            choice.adapter, History(self._prompter, self._config.history_turns, self._prompter.has_template)
         )
         try:
             room = min(self._config.max_new_tokens, self._engine.max_length // 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,8 @@ _TASKS = {
 
 
 def default_choice(engine: Any, scale: float = 1.0) -> Choice:
-    """The adapter of --lora-load if there is one, else the first of --lora-modules, else the base."""
-    name = TUNED if TUNED in engine.choices else next(iter(engine.choices), BASE)
-    return Choice(name, scale)
+    """The adapter of --lora-load if there is one, else the base."""
+    return Choice(TUNED, scale) if TUNED in engine.choices else Choice(BASE)
 
 
 def sampling_of(config: InferConfig, *, seed: int, samples: bool = True) -> Sampling:
@@ -106,8 +105,15 @@ def _beams(
     for request in requests:
         (best,) = engine.beam_search(
             request.ids, request.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
-            sampling=request.sampling if task.samples else None, stop_ids=request.stop_ids, choice=request.choice,
+            sampling=request.sampling if task.samples and config.temperature else None,
+            stop_ids=request.stop_ids, choice=request.choice,
         )  # fmt: skip
-        answers.append(best)
+        answers.append(_cut(best, config.stop))
         bar.update(1)
     return answers
+
+
+def _cut(answer: Completion, stop: Sequence[str]) -> Completion:
+    """The text up to the first of `stop`: a beam is compared as tokens, and its text is known when it is complete."""
+    found = [at for text in stop if (at := answer.text.find(text)) >= 0]
+    return replace(answer, text=answer.text[: min(found)], finish="stop") if found else answer

@@ -15,7 +15,6 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.inference.request import Request, Token
 
 _LOOK_SECONDS = 0.1  # how often an idle engine looks whether it is to stop
-_KEEP_SECONDS = 20.0  # how often an idle engine gives the other processes, waiting in a collective, a sign
 
 
 class Ended(Exception):
@@ -74,7 +73,6 @@ class Worker:
             closing: called once when nothing more is taken.
         """
         limit = float("inf")
-        moved = time.monotonic()
         try:
             while True:
                 self._take(wait=not self._engine.busy and limit == float("inf"))
@@ -83,9 +81,8 @@ class Worker:
                     limit = time.monotonic() + patience
                     closing()
                     self._take(wait=False)
-                if self._engine.busy or time.monotonic() - moved > _KEEP_SECONDS:
+                if self._engine.busy:
                     self._step()
-                    moved = time.monotonic()
                 elif limit < float("inf"):
                     return
                 if time.monotonic() > limit:
