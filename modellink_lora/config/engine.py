@@ -1,4 +1,4 @@
-"""What inference and evaluation are told about the model: which weights, adapters and tokenizer, how laid out in memory."""
+"""What inference and evaluation are told about the model: weights, adapters, tokenizer and memory."""
 
 from __future__ import annotations
 

@@ -78,15 +78,22 @@ class Device(abc.ABC):
         scale: float,
         slopes: Tensor | None = None,
         softcap: float = 0.0,
+        where: Tensor | None = None,
     ) -> Tensor:
-        """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]. Builds no [s, s] mask.
+        """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, l, d] -> [b, n, s, d].
+
+        With `causal` key j is seen by query i up to j = i, and no mask is built; or, given `where` [b, s], which holds
+        the queries' positions among l >= s keys, up to j = where[i], by a mask [b, 1, s, l].
 
         Scores that are capped or lean towards near keys (`softmax_attention`) are computed out of single operations,
         which keep them for backward: no kernel that all devices have takes them in fp32.
         """
         if slopes is not None or softcap:
-            return softmax_attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap)
+            return softmax_attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap, where=where)
         grouped = q.shape[1] != k.shape[1]
+        if where is not None:
+            seen = torch.arange(k.shape[2], device=k.device) <= where[:, None, :, None]  # [b, 1, s, l]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
@@ -128,6 +135,7 @@ def softmax_attention(
     thin: Callable[[Tensor], Tensor] | None = None,
     slopes: Tensor | None = None,
     softcap: float = 0.0,
+    where: Tensor | None = None,
 ) -> Tensor:
     """Attention out of matmul and softmax, in the shapes of `Device.attention`.
 
@@ -141,11 +149,12 @@ def softmax_attention(
     scores = (q @ k.mT).float() * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
+    keys = torch.arange(scores.shape[-1], device=scores.device)
+    queries = keys[: scores.shape[-2]] if where is None else where[:, None]  # [s] or [b, 1, s]
+    behind = keys - queries[..., None]  # j - i, 0 or less where seen; [s, l] or [b, 1, s, l]
     if slopes is not None:
-        positions = torch.arange(scores.shape[-1], device=scores.device)
-        scores = scores + slopes[:, None, None] * (positions - positions[:, None])  # j - i, 0 or less where seen
+        scores = scores + slopes[:, None, None] * behind
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = scores.masked_fill(behind > 0, float("-inf"))
     weights = scores.softmax(-1)
     return (thin(weights) if thin else weights).to(v.dtype) @ v

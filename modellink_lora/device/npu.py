@@ -81,9 +81,10 @@ class NpuDevice(Device):
         scale: float,
         slopes: Tensor | None = None,
         softcap: float = 0.0,
+        where: Tensor | None = None,
     ) -> Tensor:
-        if slopes is not None or softcap:
-            return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap)
+        if slopes is not None or softcap or where is not None:
+            return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap, where=where)
         # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
         return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
 

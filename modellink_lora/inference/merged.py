@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,13 @@ from modellink_lora.convert.sources import Source, open_merge, open_source
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.inference.logits import forward_logits
+from modellink_lora.inference.model import SourceWeights
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
 from modellink_lora.training.base import Base
 from modellink_lora.training.setup import set_up
 
 _SEED = 1234  # nothing is drawn in evaluation mode
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A conversion's source, as a model's weights are read."""
-
-    source: Source
-
-    def read(self, name: str) -> Tensor:
-        return self.source.read(name)
-
-    def read_shard(self, name: str, rank: int, size: int) -> Tensor:
-        layout = self.source.family.tensor(name, self.source.config).layout
-        return layout.shard(self.source.read(name), rank, size)
 
 
 def compare_logits(
@@ -96,7 +82,7 @@ def _logits(
     source: Source, adapter: Adapter | None, ids: Sequence[int], context: ParallelContext, device: Device
 ) -> Tensor:
     seed_everything(_SEED, context, device)
-    base = Base(source.config, source.family, _Weights(source), None)
+    base = Base(source.config, source.family, SourceWeights(source), None)
     lora = adapter.meta.lora if adapter else LoraConfig()
     setup = set_up(base, lora, adapter, context, device, dtype="fp32", seed=_SEED, overrides={})
     return forward_logits(setup.chunks[0], [ids], context)[0]

@@ -16,6 +16,9 @@ class Choice:
     scale: float = 1.0
 
 
+PLAIN = Choice()
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. The order is that of transformers: penalty, temperature, top-k, top-p, min-p.
@@ -56,7 +59,7 @@ class Request:
     sampling: Sampling = GREEDY
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    choice: Choice = Choice()
+    choice: Choice = PLAIN
     top_logprobs: int = 0
 
 
@@ -68,8 +71,8 @@ class Token:
         text: what can be shown now; empty while a character, or what may become a stop text, is incomplete.
         logprob: natural logarithm of the model's own probability, before any shaping of the distribution.
         top: (id, logprob) of the most likely tokens.
-        finish: why the answer ends with this token: "stop" or "length"; None while it goes on. With "stop" the token
-            itself is no part of the answer.
+        finish: why the answer ends with this token: "stop" or "length"; None while it goes on.
+        counted: whether the token is part of the answer; one of `stop_ids` is not.
     """
 
     id: int
@@ -77,6 +80,7 @@ class Token:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
+    counted: bool = True
 
 
 @dataclass
@@ -94,10 +98,6 @@ class Completion:
     finish: str = "length"
     tokens: list[Token] = field(default_factory=list)
     score: float | None = None
-
-    @property
-    def logprob(self) -> float:
-        return sum(token.logprob for token in self.tokens)
 
 
 @dataclass(frozen=True)

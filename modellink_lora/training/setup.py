@@ -109,7 +109,7 @@ def set_up(
     if adapter:
         notes += adapter.notes
         notes += check_base(adapter, base, fingerprint[0])
-        _check_shapes(adapter, linears)
+        check_shapes(adapter, linears)
     chunks = build_chunks(base.config, context, partition, device, dtype=dtype, overrides=overrides)
     layers: dict[str, LoraLinear] = {}
     for chunk, model in enumerate(chunks):
@@ -144,7 +144,7 @@ def check_base(adapter: Adapter, base: Base, fingerprint: str | None) -> list[st
     return []
 
 
-def _check_shapes(adapter: Adapter, linears: list[AdaptedLinear]) -> None:
+def check_shapes(adapter: Adapter, linears: list[AdaptedLinear]) -> None:
     expected = {}
     for x in linears:
         expected[f"{x.name}.lora_A"] = (x.r, x.in_features)

@@ -1,0 +1,87 @@
+"""Beam search over one prompt: which beams go on with which token, and which are complete. Pure.
+
+The rules are those of transformers' `generate` with `early_stopping=False`, so that both give the same answers:
+of the 2 k (or with more stop tokens, more) best continuations those that end are complete if they are among the k best;
+the search stops when k are complete and no running beam, at its present length, beats the worst of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modellink_lora.inference.request import Sampling
+from modellink_lora.inference.sampling import generator, shaped
+
+
+@dataclass(frozen=True)
+class _Complete:
+    score: float  # total log-probability / tokens ** length_penalty
+    tokens: list[int]  # without the one that ended it
+    ended: bool  # by a stop token
+
+
+class Beams:
+    """Letters: k beams, v vocabulary.
+
+    Args:
+        limit: tokens of an answer at most.
+        prompt: its tokens count as seen for the repetition penalty.
+        sampling: draw the continuations of each step, without replacement, instead of taking the best.
+    """
+
+    def __init__(
+        self, k: int, limit: int, *, prompt: Sequence[int], length_penalty: float = 1.0,
+        stop_ids: frozenset[int] = frozenset(), sampling: Sampling | None = None,
+    ) -> None:  # fmt: skip
+        self._k, self._limit, self._prompt, self._penalty = k, limit, prompt, length_penalty
+        self._stop_ids, self._sampling = stop_ids, sampling
+        self.tokens: list[list[int]] = [[] for _ in range(k)]
+        self._totals = torch.tensor([0.0] + [-1e9] * (k - 1))  # all beams are the same at first: one of them counts
+        self._complete: list[_Complete] = []
+
+    def advance(self, logits: Tensor) -> list[int] | None:
+        """One step on fp32 logits [k, v] after `tokens`: which beam each new one continues; None at the end."""
+        logprobs = logits.log_softmax(-1)
+        if self._sampling:
+            seen = [[*self._prompt, *tokens] for tokens in self.tokens]
+            logprobs = torch.stack([shaped(row, ids, self._sampling) for row, ids in zip(logprobs, seen)])
+        totals = (logprobs + self._totals[:, None]).flatten()
+        wanted = max(2, 1 + len(self._stop_ids)) * self._k
+        length = len(self.tokens[0]) + 1
+        if self._sampling:
+            possible = int((totals > float("-inf")).sum())
+            drawn = totals.softmax(-1).multinomial(
+                min(wanted, possible), generator=generator(self._sampling.seed, length)
+            )  # fmt: skip
+            values, indices = totals[drawn], drawn
+        else:
+            values, indices = totals.topk(min(wanted, len(totals)))
+        sources, running, running_totals = [], [], []
+        for rank, (total, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+            beam, token = divmod(index, logits.shape[-1])
+            tokens, stopped = [*self.tokens[beam], token], token in self._stop_ids
+            if stopped or length == self._limit:
+                if rank < self._k and total > -1e8:
+                    score = total / length**self._penalty
+                    self._complete.append(_Complete(score, tokens[:-1] if stopped else tokens, stopped))
+            else:
+                running.append(tokens)
+                sources.append(beam)
+                running_totals.append(total)
+        self._complete = sorted(self._complete, key=lambda one: -one.score)[: self._k]
+        best = sorted(range(len(running)), key=lambda i: -running_totals[i])[: self._k]
+        if length == self._limit or len(best) < self._k:
+            return None
+        self.tokens, self._totals = [running[i] for i in best], torch.tensor([running_totals[i] for i in best])
+        full = len(self._complete) == self._k
+        if full and running_totals[best[0]] / length**self._penalty <= self._complete[-1].score:
+            return None
+        return [sources[i] for i in best]
+
+    def best(self, count: int) -> list[tuple[float, list[int], bool]]:
+        """(score, tokens, whether a stop token ended it) of the best complete answers."""
+        return [(one.score, one.tokens, one.ended) for one in self._complete[:count]]
