@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
 from modellink_lora.config.errors import UserError
 
-_GRACE_SECONDS = 6  # for connections that are still open when the application ends
+_LAST_WORDS_SECONDS = 1.0  # for answers on their way when the engine has ended; open pages are not waited for
+_START_SECONDS = 30.0
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -36,9 +38,8 @@ class Listening:
     def __init__(self, application: Any, listener: socket.socket) -> None:
         import uvicorn
 
-        config = uvicorn.Config(
-            application, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=_GRACE_SECONDS
-        )
+        # uvicorn would log a traceback for each connection that the end cuts off; the applications report their errors
+        config = uvicorn.Config(application, log_level="critical", access_log=False, lifespan="on")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
@@ -46,13 +47,20 @@ class Listening:
 
     def __enter__(self) -> Listening:
         self._thread.start()
+        limit = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > limit:
+                raise RuntimeError("the web server has not started")
+            time.sleep(0.02)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        self._thread.join(_GRACE_SECONDS + 2)
+        self._thread.join(_LAST_WORDS_SECONDS)
+        self._server.force_exit = True
+        self._thread.join(_LAST_WORDS_SECONDS)
 
     def close(self) -> None:
         self._server.should_exit = True

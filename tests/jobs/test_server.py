@@ -1,4 +1,4 @@
-"""The server as a real process: what clients get, and that nothing they do stops it; Ctrl-C does, and leaves nothing."""
+"""The server as a real process: what clients get, and that nothing they do stops it; Ctrl-C does, leaving nothing."""
 
 from __future__ import annotations
 
@@ -136,10 +136,9 @@ def test_a_client_that_leaves_amidst_its_answer_takes_its_requests_along(job: Jo
         next(answer.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=0.3)
-    began = time.monotonic()
-    ask(url, prompt=["a"] * 80)  # as many as may wait: all others must be gone
     job.until(lambda: job.text.count(" 499 ") > lines, seconds=10)
-    assert time.monotonic() - began < 30
+    time.sleep(0.5)
+    ask(url, prompt=["a"] * 80, max_tokens=1)  # as many as may wait: all others must be gone
 
 
 def test_ctrl_c_ends_the_server_well(job: Job) -> None:
