@@ -30,7 +30,7 @@ Dialogue = list[Any]  # messages as gradio shows them: {"role": .., "content": .
 # gradio's pages bring all they need; a browser that reads this asks nobody else, whatever a model has written
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _STYLE = """
-.gradio-container {max-width: 1500px !important}
+.gradio-container, .gradio-container main.fillable {max-width: none !important}
 #question textarea {font-size: 1.05rem}
 .count {min-height: 1.4em; opacity: .65; font-size: .85rem}
 .bubble-wrap ~ .icon-button-wrapper, button[aria-label="Clear"] {display: none}  /* it would forget one side only */
@@ -93,7 +93,7 @@ class Page:
     def _blocks(self) -> gr.Blocks:
         first = TUNED if TUNED in self._adapters else next(iter(self._adapters), None)
         shown = [BASE, *filter(None, [first])]
-        with gr.Blocks(analytics_enabled=False, title="modellink_lora", fill_height=True) as blocks:
+        with gr.Blocks(analytics_enabled=False, title="modellink_lora", fill_height=True, fill_width=True) as blocks:
             memory = gr.State(dict)
             with gr.Sidebar(width=300):
                 gr.Markdown("### modellink_lora")
@@ -112,15 +112,15 @@ class Page:
                     with gr.Column(min_width=280):
                         dialogues.append(
                             gr.Chatbot(
-                                label=name, elem_id=f"answers-{number}", height="64vh", layout="bubble",
-                                buttons=["copy"], placeholder=_PLACEHOLDERS[bool(number)], feedback_options=None,
+                                label=name, elem_id=f"answers-{number}", height="calc(100vh - 205px)", layout="bubble",
+                                buttons=["copy_all"], placeholder=_PLACEHOLDERS[bool(number)], feedback_options=None,
                             )
                         )  # fmt: skip
                         counts.append(gr.Markdown("", elem_classes="count", elem_id=f"count-{number}"))
             with gr.Row():
                 question = gr.Textbox(
-                    placeholder="Ask both models. Enter sends, Shift+Enter starts a new line."
-                    if self._adapters else "Ask. Enter sends, Shift+Enter starts a new line.",
+                    placeholder="Ask both models"
+                    if self._adapters else "Ask the model",
                     show_label=False, container=False, scale=8, lines=1, max_lines=8, autofocus=True,
                     elem_id="question",
                 )  # fmt: skip
