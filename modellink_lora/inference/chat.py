@@ -105,13 +105,14 @@ class Chat:
             self._say(str(error))
             return
         name = "ModelLink" if len(self.choices) == 1 else f"ModelLink ({choice.adapter})"
-        self._console.print(f"{name}:", style="bold cyan", end=" ", highlight=False, markup=False)
         sampling = sampling_of(self._config, seed=self._seed)
         self._seed += 1
         request = Request(tuple(ids), room, sampling, self._prompter.stop_ids, self._config.stop, choice)
         pieces: list[str] = []
         with contextlib.closing(self._engine.stream(request)) as tokens, _interruptible() as interrupted:
             for token in tokens:
+                if not pieces:  # not before: the engine may have had something to say
+                    self._console.print(f"{name}:", style="bold cyan", end=" ", highlight=False, markup=False)
                 pieces.append(token.text)
                 self._console.file.write(token.text)
                 self._console.file.flush()
