@@ -168,7 +168,7 @@ class Reader:
 
     def _prompt(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            return _nonempty(self._prompter.plain(prompt), "prompt")
+            return _nonempty(self._prompter.plain(_encodable(prompt, "prompt")), "prompt")
         if not isinstance(prompt, list) or not all(map(_is_whole, prompt)):
             raise ApiError(400, "prompt must be a text, a list of texts, token ids or lists of them", param="prompt")
         size = self._engine.vocab_size
@@ -280,13 +280,22 @@ def _message(message: Any, where: str) -> dict[str, str]:
     others = [name for name in message if name not in ("role", "content", "name") and message[name]]
     if others:
         raise ApiError(400, f"{where}.{others[0]} is not supported", param=where, code="unsupported_parameter")
-    return {"role": role, "content": content}
+    return {"role": role, "content": _encodable(content, where)}
 
 
 def _nonempty(ids: Sequence[int], param: str) -> list[int]:
     if not ids:
         raise ApiError(400, f"{param} has no token: write something", param=param)
     return list(ids)
+
+
+def _encodable(text: str, param: str) -> str:
+    """JSON can write halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{param} has half of a character (a lone surrogate)", param=param) from None
+    return text
 
 
 def _is_whole(value: Any) -> bool:

@@ -75,6 +75,7 @@ def test_a_chat_takes_parts_of_text_and_its_own_names() -> None:
         ({"prompt": []}, 400, "prompt", "empty list"),
         ({"prompt": [1, "a"]}, 400, "prompt", "prompt must be a text"),
         ({"prompt": [True]}, 400, "prompt", "prompt must be a text"),
+        ({"prompt": "a\ud800"}, 400, "prompt", "half of a character"),
         ({"prompt": [300]}, 400, "prompt", "token ids outside 0 to 299"),
         ({"prompt": "a" * 40}, 400, "prompt", "the prompt has 40 tokens; the model has room for 40"),
         ({"prompt": "a" * 30, "max_tokens": 11}, 400, "prompt", "30 tokens and max_tokens 11"),
