@@ -63,7 +63,8 @@ class Chat:
                 self._command(*line.split())
             elif line:
                 for choice in self.choices:
-                    self._answer(line, choice)
+                    if not self._answer(line, choice):
+                        break
 
     def _command(self, name: str, *words: str) -> None:
         try:
@@ -94,7 +95,8 @@ class Chat:
         except ValueError:
             raise UserError(f"/adapter {name} {scale}: the scale is a number, 1 is as trained") from None
 
-    def _answer(self, question: str, choice: Choice) -> None:
+    def _answer(self, question: str, choice: Choice) -> bool:
+        """Whether it was given to its end."""
         history = self._histories.setdefault(
             choice.adapter, History(self._prompter, self._config.history_turns, self._prompter.has_template)
         )
@@ -103,7 +105,7 @@ class Chat:
             ids = history.ask(question, longest=self._engine.max_length - room, tell=self._say)
         except UserError as error:
             self._say(str(error))
-            return
+            return False
         name = "ModelLink" if len(self.choices) == 1 else f"ModelLink ({choice.adapter})"
         sampling = sampling_of(self._config, seed=self._seed)
         self._seed += 1
@@ -121,6 +123,7 @@ class Chat:
             stopped = interrupted()
         self._say(" [stopped]" if stopped else "")
         history.add(question, "".join(pieces))
+        return not stopped
 
     def _names(self) -> str:
         return " and ".join(c.adapter if c.scale == 1 else f"{c.adapter} x {c.scale:g}" for c in self.choices)
