@@ -35,25 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse(argv)
     config, engine_config = InferConfig(**given[InferConfig]), EngineConfig(**given[EngineConfig])
     parallel = ParallelConfig(**given[ParallelConfig])
-    if (replicas := parallel.data_parallel_size(launch.world_size)) > 1:
-        raise UserError(
-            f"{launch.world_size} processes are {replicas} copies of the model, of which only one would answer: start "
-            f"{launch.world_size // replicas}, or give a larger --tensor-model-parallel-size or "
-            "--pipeline-model-parallel-size"
-        )
     last = config.last_task(terminal=sys.stdin is not None and sys.stdin.isatty())
-    listens = last in _PACKAGES
-    if last in _PACKAGES and (missing := [name for name in _PACKAGES[last] if find_spec(name) is None]):
-        raise UserError(f"--task {last} needs {', '.join(missing)}: pip install modellink_lora[web]")
+    _check(parallel, launch, last)
     from modellink_lora.inference.listening import open_socket
     from modellink_lora.inference.prompt_file import prompts_of
 
     prompts = prompts_of(config) if config.batch_tasks else []
-    stopping = _Wish()
+    stopping, listener = _Wish(), None
     with contextlib.ExitStack() as held:
-        if last is not None and listens and launch.is_first:  # before minutes of loading
-            listener = held.enter_context(open_socket(config.host, config.port_of(last)))
-        if listens:
+        if last in _PACKAGES:
+            if launch.is_first:  # before minutes of loading
+                listener = held.enter_context(open_socket(config.host, config.port_of(last)))
             held.enter_context(_heeding(stopping, launch))
         device, here = held.enter_context(
             joined(launch, device=engine_config.device, timeout_minutes=engine_config.distributed_timeout_minutes)
@@ -72,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         if served is None:
             return 0
+        if "adapter_scale" in given[InferConfig] and not served.engine.choices:
+            say("--adapter-scale has no effect here: no adapter is loaded")
         if config.batch_tasks:
             from modellink_lora.inference.tasks import run_tasks
 
@@ -82,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from modellink_lora.inference.chat import Chat
 
             Chat(config, served.engine, served.prompter, seed=engine_config.seed, console=Console()).run()
-        elif listens:
+        elif listener is not None:
             if last == "web":
                 from modellink_lora.inference.web import serve
             else:
@@ -93,6 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=engine_config.seed, stopping=stopping, say=say,
             )  # fmt: skip
     return 0
+
+
+def _check(parallel: ParallelConfig, launch: Launch, last: str | None) -> None:
+    """Raise UserError for what can be known before anything is loaded."""
+    if (copies := parallel.data_parallel_size(launch.world_size)) > 1:
+        raise UserError(
+            f"{launch.world_size} processes are {copies} copies of the model, of which only one would answer: start "
+            f"{launch.world_size // copies}, or give a larger --tensor-model-parallel-size or "
+            "--pipeline-model-parallel-size"
+        )
+    if missing := [name for name in _PACKAGES.get(last or "", ()) if find_spec(name) is None]:
+        raise UserError(f"--task {last} needs {', '.join(missing)}: pip install modellink_lora[web]")
 
 
 class _Wish:
