@@ -44,6 +44,7 @@ def batch(pair: tuple[Path, Path], folder: Path, name: str, *words: object, laun
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_a_task_four_are_written_and_no_chat_waits_on_a_pipe(pair: tuple[Path, Path], tmp_path: Path) -> None:
     said = batch(pair, tmp_path, "one.jsonl")
     assert "ModelLink:" not in said and "You >>" not in said
