@@ -25,7 +25,7 @@ from modellink_lora.inference.text import TextStream
 _BEGINNING = 16  # tokens that prompts have in common where they are scored in one batch
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A prompt on its way."""
 
@@ -101,6 +101,7 @@ class Engine:
     def step(self) -> list[tuple[int, Token]]:
         """One token of every running request, after those waiting have taken the free rows."""
         admitted = self._admit()
+        self._close_ranks()
         logits = [*self._first_logits(admitted), *self._next_logits([x for x in self._running if x not in admitted])]
         return [(one.number, self._token(one, row)) for one, row in sorted(logits, key=lambda pair: pair[0].number)]
 
@@ -144,6 +145,14 @@ class Engine:
             self._running.append(one)
             admitted.append(one)
         return admitted
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into those that have become free: keys of rows side by side need no copy at each step."""
+        free = sorted(set(range(len(self._running))) - {one.row for one in self._running})
+        for one in [one for one in self._running if one.row >= len(self._running)]:
+            target = free.pop()
+            self._rows.copy([one.row], [target], len(one.tokens))
+            one.row = target
 
     def _first_logits(self, admitted: Sequence[_Running]) -> list[tuple[_Running, Tensor]]:
         """After whole prompts."""
