@@ -19,6 +19,7 @@ JOBS = {
     "verify": "check gradients and layouts on your own model and devices",
     "convert": "translate, reshard and merge checkpoints",
     "report": "write the report of a training run again from its folder",
+    "infer": "answer prompts, chat, or serve an API or a web page, with the adapter unmerged",
     "evaluate": "judge base and tuned model on mmlu and other benchmarks",
     "logits": "write the logits of prompts, from a base with or without its adapter",
 }

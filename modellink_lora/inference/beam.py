@@ -48,16 +48,18 @@ class Beams:
         logprobs = logits.log_softmax(-1)
         if self._sampling:
             seen = [[*self._prompt, *tokens] for tokens in self.tokens]
-            logprobs = torch.stack([shaped(row, ids, self._sampling) for row, ids in zip(logprobs, seen)])
+            # one token more than can end an answer: every beam has a way to go on, as in transformers
+            keep = len(self._stop_ids) + 1
+            logprobs = torch.stack([shaped(row, ids, self._sampling, keep=keep) for row, ids in zip(logprobs, seen)])
         totals = (logprobs + self._totals[:, None]).flatten()
         wanted = max(2, 1 + len(self._stop_ids)) * self._k
         length = len(self.tokens[0]) + 1
         if self._sampling:
-            possible = int((totals > float("-inf")).sum())
-            drawn = totals.softmax(-1).multinomial(
-                min(wanted, possible), generator=generator(self._sampling.seed, length)
-            )  # fmt: skip
-            values, indices = totals[drawn], drawn
+            # the order of totals + Gumbel noise draws without replacement (arXiv:1903.06059), and also ranks what is
+            # too unlikely for a float
+            noise = torch.rand(totals.shape, dtype=torch.float64, generator=generator(self._sampling.seed, length))
+            indices = (totals - (-noise.log()).log()).topk(min(wanted, len(totals))).indices
+            values = totals[indices]
         else:
             values, indices = totals.topk(min(wanted, len(totals)))
         sources, running, running_totals = [], [], []
