@@ -32,7 +32,7 @@ class InferConfig:
     top_k: int = flag(50, "sample from that many of the most likely tokens; 0 from all")
     top_p: float = flag(0.95, "sample from the most likely tokens that together reach this probability")
     min_p: float = flag(0.0, "sample from tokens with at least this share of the best one's probability")
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely; not in beam_search")
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely")
     num_beams: int = flag(2, "beams of a beam search")
     length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
     stop: tuple[str, ...] = flag((), "further texts that end an answer")
@@ -106,7 +106,7 @@ _EFFECT = {
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), _SAMPLED),
     **dict.fromkeys(("host", "port", "max_waiting"), _LISTENING),
     **dict.fromkeys(("api_key", "max_request_bytes"), ("server",)),
-    "repetition_penalty": ("greedy", *_SAMPLED),
+    "repetition_penalty": ("greedy", "beam_search", *_SAMPLED),
     "history_turns": ("chat", "web"),
 }
 

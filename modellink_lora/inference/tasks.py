@@ -75,7 +75,7 @@ def run_tasks(
                 )
                 for n, row in enumerate(ids)
             ]  # fmt: skip
-            answers = _beams(requests, task, config, engine, bar) if task.beams else engine.generate(
+            answers = _beams(requests, config, engine, bar) if task.beams else engine.generate(
                 requests, progress=bar.update
             )  # fmt: skip
         elapsed = f"Elapsed: {time.perf_counter() - began:.2f}s"
@@ -97,16 +97,13 @@ def run_tasks(
         say(f"{len(rows)} answers written to {config.output}")
 
 
-def _beams(
-    requests: Sequence[Request], task: _Task, config: InferConfig, engine: Any, bar: Any
-) -> list[Completion]:  # fmt: skip
+def _beams(requests: Sequence[Request], config: InferConfig, engine: Any, bar: Any) -> list[Completion]:
     """One prompt after another: the beams of a prompt are the batch."""
     answers = []
     for request in requests:
         (best,) = engine.beam_search(
             request.ids, request.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
-            sampling=request.sampling if task.samples and config.temperature else None,
-            stop_ids=request.stop_ids, choice=request.choice,
+            sampling=request.sampling, stop_ids=request.stop_ids, choice=request.choice,
         )  # fmt: skip
         answers.append(_cut(best, config.stop))
         bar.update(1)

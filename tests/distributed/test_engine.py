@@ -82,17 +82,20 @@ def test_an_answer_ends_at_a_stop_token(models: Path, answers: dict[str, list[li
     assert found[1] == answers["tuned"][1][:2]
 
 
-BEAMS = [("tp1", 2, 1.0), ("tp1", 2, 3.0), ("tp1", 4, 0.0), ("tp2", 3, 0.5), ("pp2", 2, 1.0)]
+BEAMS = [("tp1", 2, 1.0, 1.0), ("tp1", 2, 3.0, 1.3), ("tp1", 4, 0.0, 1.0), ("tp2", 3, 0.5, 1.0), ("pp2", 2, 1.0, 1.0)]
 
 
-@pytest.mark.parametrize("layout, beams, penalty", BEAMS)
-def test_beam_search_equals_transformers(layout: str, beams: int, penalty: float, models: Path) -> None:
+@pytest.mark.parametrize("layout, beams, penalty, repetition", BEAMS)
+def test_beam_search_equals_transformers(
+    layout: str, beams: int, penalty: float, repetition: float, models: Path
+) -> None:
     model = reference(models / "hf", models / "lora")
     # tokens that do come up end some beams early and let others go on
     stops = STOPS | {ids[2] for ids in reference_answers(model, PROMPTS[:4], 3)}
-    expected = reference_answers(model, PROMPTS, 10, stops=stops, num_beams=beams, length_penalty=penalty)
-    asked = {"prompts": PROMPTS, "max_new_tokens": 10, "num_beams": beams, "length_penalty": penalty,
-             "stop_ids": stops, "choice": TUNED}  # fmt: skip
+    settings = {"num_beams": beams, "length_penalty": penalty}
+    expected = reference_answers(model, PROMPTS, 10, stops=stops, repetition_penalty=repetition, **settings)
+    asked = {"prompts": PROMPTS, "max_new_tokens": 10, "stop_ids": stops, "choice": TUNED,
+             "sampling": Sampling(repetition_penalty=repetition), **settings}  # fmt: skip
     found = ask(models, layout, "beams", arguments=asked)
     assert [beam[0][1] for beam in found] == expected
     assert len({len(ids) for ids in expected}) > 1

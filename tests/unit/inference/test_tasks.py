@@ -68,7 +68,7 @@ def test_beams_run_prompt_by_prompt_and_end_at_a_stop_text() -> None:
     engine = Echo()
     said = run(engine, ["x END y", "z"], task=("beam_search", "beam_search_with_sampling"), num_beams=3, stop=("END",))
     assert [settings["num_beams"] for settings in engine.beams] == [3] * 4
-    assert [settings["sampling"] is None for settings in engine.beams] == [True, True, False, False]
+    assert [settings["sampling"].temperature > 0 for settings in engine.beams] == [False, False, True, True]
     assert said.count("ModelLink:\nx \n") == 2 and said.count("ModelLink:\nz\n") == 2
 
 
