@@ -62,4 +62,5 @@ class CpuDevice(Device):
         return lambda x: product(x, reordered, bias, "none", [], "")
 
     def describe(self) -> str:
-        return f"CPU, {torch.get_num_threads()} threads a process, gloo, torch {torch.__version__}"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads != 1)} a process, gloo, torch {torch.__version__}"
