@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench bench-convert bench-gpu clean
+.PHONY: help demo test test-slow lint bench bench-convert bench-generate bench-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -42,6 +42,11 @@ bench: $(INSTALLED)  ## LoRA benchmarks on CPU, about 15 minutes on a quiet mach
 
 bench-convert: $(INSTALLED)  ## conversion against cp, on a generated model of 1.8 GB in /tmp; writes the table of docs/formats.md
 	$(BIN)/python -m benchmarks.bench_convert --folder /tmp
+	$(BIN)/python -m benchmarks.tables
+
+bench-generate: $(INSTALLED)  ## decoding beside transformers and PEFT, scoring beside lm-eval, about 15 minutes; writes tables of docs
+	$(BIN)/python -m benchmarks.bench_generate
+	$(BIN)/python -m benchmarks.bench_evaluate
 	$(BIN)/python -m benchmarks.tables
 
 bench-gpu: $(INSTALLED)  ## LoRA benchmarks on one GPU; says so if torch sees none

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "megatron-core", "peft", "transformers", "triton", "unsloth")
+PACKAGES = ("torch", "megatron-core", "peft", "transformers", "lm-eval", "triton", "unsloth")
 Clock = Callable[[Callable[[], object]], float]
 
 

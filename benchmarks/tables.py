@@ -1,4 +1,4 @@
-"""Writes the tables of the CCLoRA pages and of docs/formats.md from benchmarks/results, between table marks.
+"""Writes the tables of the pages below docs from benchmarks/results, between table marks.
 
     python -m benchmarks.tables
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "features"
 PAGES = {"en": DOCS / "cc_lora.md", "zh": DOCS / "cc_lora.zh-CN.md"}
 MARKER = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FORMATS = DOCS.parent / "formats.md"
+ENGLISH = [DOCS.parent / name for name in ("formats.md", "inference.md", "evaluation.md")]
 WORDS = {  # what is not a number or a name: English: Chinese
     "peer": "对象", "collectives": "集合通信次数", "of its own": "其中 LoRA 自有",
     "LoRA bytes / base": "LoRA 字节 / 基座",
@@ -150,6 +150,27 @@ def conversion(data: dict[str, Any]) -> Table:
     return head, rows
 
 
+def decoding(data: dict[str, Any]) -> Table:
+    rows = []
+    for batch, result in data["batches"].items():
+        for case, entry in result["cases"].items():
+            over = result["speed_over"].get(case)
+            rows.append([
+                batch, {"base": "ours, base", "tuned": "ours, adapter"}.get(case, case),
+                f"{entry['tokens_per_second']:.1f}", f"{over:.2f}" if over else "", str(entry["repetitions"]),
+            ])  # fmt: skip
+        rows.append([batch, "ours, adapter over base in time", "", f"{result['adapter_over_base']:.2f}", ""])
+    return ["prompts", "case", "tokens a second", "ours over transformers, PEFT", "repetitions"], rows
+
+
+def scoring(data: dict[str, Any]) -> Table:
+    return ["case", "questions a second", "over lm-eval", "repetitions"], [
+        [{"lm-eval": "lm-eval, merged in transformers", "ours": "ours, adapter unmerged"}[case],
+         f"{entry['samples_per_second']:.2f}", f"{1 / entry['ratio']:.2f}", str(entry["repetitions"])]
+        for case, entry in data["cases"].items()
+    ]  # fmt: skip
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {  # marker: result file, maker
     "collectives": ("lora-counted", collectives),
     "replay-sp": ("lora-replay", lambda data: replay(data, True)),
@@ -161,6 +182,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {  # marker: 
     "saved-linear": ("lora-linear", saved_linear),
     "saved-layer": ("lora-linear", saved_layer),
     "conversion": ("convert", conversion),
+    "decoding": ("generate", decoding),
+    "scoring": ("evaluate", scoring),
     "gpu-linear": ("lora-gpu", gpu),
     "gpu-short": ("lora-gpu", gpu_short),
     "gpu-dram": ("lora-gpu", gpu_dram),
@@ -202,7 +225,7 @@ def filled(text: str, language: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    for language, page in [*PAGES.items(), ("en", FORMATS)]:
+    for language, page in [*PAGES.items(), *(("en", page) for page in ENGLISH)]:
         page.write_text(filled(page.read_text(encoding="utf-8"), language), encoding="utf-8")
         print(f"written: {page}")
 

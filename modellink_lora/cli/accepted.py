@@ -98,6 +98,7 @@ _RUNNING = {
     "no-load-optim": Accepted(0, "optimizer states are never read here"),
     "no-load-rng": Accepted(0, "random states are never read here; --seed sets those of sampling"),
     "tokenizer-padding-side": Accepted(1, "results do not depend on how a batch is padded"),
+    "lora-fusion": Accepted(0, "an adapter is always added before the base's all-reduce here"),
     "reset-position-ids": Accepted(0, "it concerns packed samples of training"),
 }
 _OWNED_ELSEWHERE = {"save"}  # evaluation's results

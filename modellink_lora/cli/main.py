@@ -19,6 +19,8 @@ JOBS = {
     "verify": "check gradients and layouts on your own model and devices",
     "convert": "translate, reshard and merge checkpoints",
     "report": "write the report of a training run again from its folder",
+    "infer": "answer prompts, chat, or serve an API or a web page, with the adapter unmerged",
+    "evaluate": "judge base and tuned model on mmlu and other benchmarks",
     "lm-eval": "run lm-eval's tasks on base or tuned model, e.g. lm-eval --load BASE -- --tasks arc_easy",
     "compare": "compare the answers of base, unmerged adapter and merged models on the same prompts",
     "logits": "write the logits of prompts, from a base with or without its adapter",

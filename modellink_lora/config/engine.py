@@ -15,7 +15,6 @@ class EngineConfig:
     load: str | None = flag(None, "base checkpoint: Megatron, or a Hugging Face folder; absent means random weights")
     lora_load: str | None = flag(None, "adapter to run unmerged beside the base: ours, ModelLink's or PEFT's")
     lora_modules: tuple[str, ...] = flag((), "further adapters, each as name=folder")
-    lora_fusion: bool = flag(False, "accepted: without training the adapter always rides in the base's all-reduce")
     tokenizer_type: str = flag("PretrainedFromHF", "kind of tokenizer", choices=("PretrainedFromHF",))
     tokenizer_name_or_path: str | None = flag(
         None, "folder of the Hugging Face tokenizer; default the one kept with --load"

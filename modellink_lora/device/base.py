@@ -100,16 +100,28 @@ class Device(abc.ABC):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
 
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """A function x [n, i] -> x weight^T + bias [n, o] for a weight that stays as it is, without gradients.
+
+        A device may keep a copy of the weight in the order that its kernel likes; the caller need not keep his.
+        """
+        return lambda x: F.linear(x, weight, bias)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
         """x / rms(x) * weight over the last dimension, statistics in fp32, rounded to x's dtype before the weight.
 
         The order of roundings is that of transformers' Llama. With `one_more` the factor is 1 + weight, rounded as in
         its Gemma. Keeps nothing but x and a number a row for backward.
         """
+        if x.dtype == torch.float32 and not one_more and not torch.is_grad_enabled():
+            return F.rms_norm(x, weight.shape, weight, eps)  # in fp32 the order of roundings is no matter
         return RmsNorm.apply(x, weight, eps, one_more)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """silu(gate) * up of x = [gate, up], [..., 2 f] -> [..., f]. Keeps nothing but x for backward."""
+        if not torch.is_grad_enabled():
+            gate, up = x.chunk(2, -1)
+            return F.silu(gate).mul_(up)
         return Swiglu.apply(x)
 
     def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modellink_lora.inference.request import Sampling
+from modellink_lora.inference.request import GREEDY, Sampling
 from modellink_lora.inference.sampling import generator, shaped
 
 
@@ -30,15 +30,17 @@ class Beams:
     Args:
         limit: tokens of an answer at most.
         prompt: its tokens count as seen for the repetition penalty.
-        sampling: draw the continuations of each step, without replacement, instead of taking the best.
+        sampling: at a temperature above 0 the continuations of each step are drawn, without replacement, instead of
+            being the best; at 0 its repetition penalty counts.
     """
 
     def __init__(
         self, k: int, limit: int, *, prompt: Sequence[int], length_penalty: float = 1.0,
-        stop_ids: frozenset[int] = frozenset(), sampling: Sampling | None = None,
+        stop_ids: frozenset[int] = frozenset(), sampling: Sampling = GREEDY,
     ) -> None:  # fmt: skip
         self._k, self._limit, self._prompt, self._penalty = k, limit, prompt, length_penalty
-        self._stop_ids, self._sampling = stop_ids, sampling
+        self._stop_ids, self._draws = stop_ids, sampling.temperature > 0
+        self._sampling = sampling if self._draws else Sampling(repetition_penalty=sampling.repetition_penalty)
         self.tokens: list[list[int]] = [[] for _ in range(k)]
         self._totals = torch.tensor([0.0] + [-1e9] * (k - 1))  # all beams are the same at first: one of them counts
         self._complete: list[_Complete] = []
@@ -46,18 +48,20 @@ class Beams:
     def advance(self, logits: Tensor) -> list[int] | None:
         """One step on fp32 logits [k, v] after `tokens`: which beam each new one continues; None at the end."""
         logprobs = logits.log_softmax(-1)
-        if self._sampling:
+        if self._sampling != GREEDY:
             seen = [[*self._prompt, *tokens] for tokens in self.tokens]
-            logprobs = torch.stack([shaped(row, ids, self._sampling) for row, ids in zip(logprobs, seen)])
+            # one token more than can end an answer: every beam has a way to go on, as in transformers
+            keep = len(self._stop_ids) + 1
+            logprobs = torch.stack([shaped(row, ids, self._sampling, keep=keep) for row, ids in zip(logprobs, seen)])
         totals = (logprobs + self._totals[:, None]).flatten()
         wanted = max(2, 1 + len(self._stop_ids)) * self._k
         length = len(self.tokens[0]) + 1
-        if self._sampling:
-            possible = int((totals > float("-inf")).sum())
-            drawn = totals.softmax(-1).multinomial(
-                min(wanted, possible), generator=generator(self._sampling.seed, length)
-            )  # fmt: skip
-            values, indices = totals[drawn], drawn
+        if self._draws:
+            # the order of totals + Gumbel noise draws without replacement (arXiv:1903.06059), and also ranks what is
+            # too unlikely for a float
+            noise = torch.rand(totals.shape, dtype=torch.float64, generator=generator(self._sampling.seed, length))
+            indices = (totals - (-noise.log()).log()).topk(min(wanted, len(totals))).indices
+            values = totals[indices]
         else:
             values, indices = totals.topk(min(wanted, len(totals)))
         sources, running, running_totals = [], [], []

@@ -17,7 +17,7 @@ from torch import Tensor
 from modellink_lora.config.errors import UserError
 from modellink_lora.inference.beam import Beams
 from modellink_lora.inference.executor import Executor
-from modellink_lora.inference.request import BASE, PLAIN, Choice, Completion, Request, Sampling, Score, Token
+from modellink_lora.inference.request import BASE, GREEDY, PLAIN, Choice, Completion, Request, Sampling, Score, Token
 from modellink_lora.inference.rows import Prompt, Rows, Wanted
 from modellink_lora.inference.sampling import choose
 from modellink_lora.inference.text import TextStream
@@ -25,7 +25,7 @@ from modellink_lora.inference.text import TextStream
 _BEGINNING = 16  # tokens that prompts have in common where they are scored in one batch
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     """A prompt on its way."""
 
@@ -101,6 +101,7 @@ class Engine:
     def step(self) -> list[tuple[int, Token]]:
         """One token of every running request, after those waiting have taken the free rows."""
         admitted = self._admit()
+        self._close_ranks()
         logits = [*self._first_logits(admitted), *self._next_logits([x for x in self._running if x not in admitted])]
         return [(one.number, self._token(one, row)) for one, row in sorted(logits, key=lambda pair: pair[0].number)]
 
@@ -138,12 +139,21 @@ class Engine:
         admitted = []
         while self._waiting and len(self._running) < self.max_batch:
             one = self._waiting.popleft()
-            self._rows.reserve(len(self._running) + 1, len(one.request.ids) + one.limit)
+            rows = 1 << len(self._running).bit_length()  # a cache that grows is made anew: by powers of two
+            self._rows.reserve(min(rows, self.max_batch), len(one.request.ids) + one.limit)
             taken = [other.row for other in self._running]
             one.row = self._rows.best(one.request.ids, one.request.choice, taken)
             self._running.append(one)
             admitted.append(one)
         return admitted
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into those that have become free: keys of rows side by side need no copy at each step."""
+        free = sorted(set(range(len(self._running))) - {one.row for one in self._running})
+        for one in [one for one in self._running if one.row >= len(self._running)]:
+            target = free.pop()
+            self._rows.copy([one.row], [target], len(one.tokens))
+            one.row = target
 
     def _first_logits(self, admitted: Sequence[_Running]) -> list[tuple[_Running, Tensor]]:
         """After whole prompts."""
@@ -193,10 +203,10 @@ class Engine:
 
     def beam_search(
         self, ids: Sequence[int], max_new_tokens: int, *, num_beams: int = 2, length_penalty: float = 1.0,
-        sampling: Sampling | None = None, stop_ids: frozenset[int] = frozenset(), choice: Choice = PLAIN,
+        sampling: Sampling = GREEDY, stop_ids: frozenset[int] = frozenset(), choice: Choice = PLAIN,
         num_return: int = 1,
     ) -> list[Completion]:  # fmt: skip
-        """The best answers of a beam search (beam.py), best first; with `sampling` each step draws its candidates."""
+        """The best answers of a beam search (beam.py), best first; at a temperature above 0 each step is drawn."""
         assert not self.busy
         self.check(Request(tuple(ids), max_new_tokens, choice=choice))
         limit = min(max_new_tokens, self.max_length - len(ids))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from modellink_lora.device import Device
 from modellink_lora.inference.request import Choice
 
 
@@ -16,13 +17,16 @@ class ServedLinear:
 
     The adapter's share is added before the all-reduce of a row linear: sum over ranks of B (A_i x_i) is B A x, so an
     unmerged adapter sends nothing. On a column linear each rank has its rows of B, and A whole.
+
+    Takes the weight out of `base`, which is of no use afterwards: the device may order it in another way.
     """
 
-    def __init__(self, base: ColumnParallelLinear | RowParallelLinear) -> None:
-        self.weight: Tensor = base.weight
-        self.bias: Tensor | None = base.bias
+    def __init__(self, base: ColumnParallelLinear | RowParallelLinear, device: Device) -> None:
         group = base.tp_group
         self.group = group if isinstance(base, RowParallelLinear) and group.size() > 1 else None
+        self.bias: Tensor | None = base.bias
+        self._product = device.linear(base.weight.detach(), None if self.group else self.bias)
+        base.weight = None
         self.adapters: dict[str, tuple[Tensor, Tensor, float]] = {}  # name -> A [r, i], B^T [r, o], alpha / r
         self._active: tuple[Tensor, Tensor, float] | None = None
 
@@ -33,7 +37,7 @@ class ServedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, i] -> [tokens, o]"""
-        y = F.linear(x, self.weight, None if self.group else self.bias)
+        y = self._product(x)
         if self._active:
             a, b, scaling = self._active
             low = F.linear(x.to(a.dtype), a)  # [tokens, r]

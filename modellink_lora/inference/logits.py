@@ -26,6 +26,7 @@ from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import get_template
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
+from modellink_lora.inference.prompt_file import read_prompts
 from modellink_lora.models.build import GPT
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
@@ -122,28 +123,6 @@ def forward_logits(model: GPT, ids: Sequence[Sequence[int]], context: ParallelCo
             dist.broadcast(logits, src=last, group=context.pp_group)
         result.append(logits[: len(row)].cpu().contiguous())
     return result
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in `path`. Raises UserError for a missing or empty file and for anything that is not text."""
-    if not path.is_file():
-        raise UserError(f"--prompt-file {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {path}: not UTF-8 text ({error})") from None
-    if path.suffix == ".txt":
-        prompts = [line for line in text.splitlines() if line.strip()]
-    else:
-        try:
-            prompts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--prompt-file {path}: not valid JSON ({error})") from None
-        if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-            raise UserError(f'--prompt-file {path}: must be a JSON list of texts such as ["Who are you?"]')
-    if not prompts:
-        raise UserError(f"--prompt-file {path}: holds no prompt")
-    return prompts
 
 
 def _longest(model: ModelConfig) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor
 from modellink_lora.inference.request import Sampling
 
 
-def shaped(logits: Tensor, seen: Sequence[int], sampling: Sampling) -> Tensor:
+def shaped(logits: Tensor, seen: Sequence[int], sampling: Sampling, *, keep: int = 1) -> Tensor:
     """fp32 logits [v] after penalty, temperature, top-k, top-p and min-p; tokens that are out stand at -inf.
 
     Args:
         seen: ids of prompt and answer so far.
+        keep: at least that many of the most likely tokens stay.
     """
     if sampling.repetition_penalty != 1.0 and seen:
         ids = torch.tensor(sorted(set(seen)))
@@ -25,15 +26,17 @@ def shaped(logits: Tensor, seen: Sequence[int], sampling: Sampling) -> Tensor:
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
     if 0 < sampling.top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+        logits = logits.masked_fill(logits < logits.topk(max(sampling.top_k, keep)).values[-1], float("-inf"))
     if sampling.top_p < 1.0:
         rising, order = logits.sort()
         out = rising.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        out[-1] = False  # the most likely token stays
+        out[-keep:] = False
         logits = logits.masked_fill(torch.zeros_like(out).scatter(0, order, out), float("-inf"))
     if sampling.min_p > 0.0:
         probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), float("-inf"))
+        out = probabilities < sampling.min_p * probabilities.max()
+        out[logits.topk(keep).indices] = False
+        logits = logits.masked_fill(out, float("-inf"))
     return logits
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -20,7 +21,7 @@ from modellink_lora.device import Device
 from modellink_lora.inference.cache import KeyValueCache, Places
 from modellink_lora.inference.linear import ServedLinear
 from modellink_lora.inference.request import PLAIN, Choice
-from modellink_lora.models.build import GPT
+from modellink_lora.models.build import GPT, capped, head_input
 from modellink_lora.models.rope import inverse_frequencies
 from modellink_lora.parallel.context import ParallelContext
 
@@ -29,7 +30,7 @@ class Stage:
     """This rank's layers.
 
     Args:
-        model: a filled chunk without adapters; it must hold the whole stage.
+        model: a filled chunk without adapters, which must be the whole stage; its weights move here.
         names: global names of this stage's layers, in order, e.g. `decoder.layers.4`.
     """
 
@@ -41,12 +42,17 @@ class Stage:
             for name, layer in zip(names, self.layers, strict=True)
             for leaf, linear in layer.linears.items()
         }
-        weight = next(model.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = model.config.params_dtype, context.device
         self._frequencies: Tensor | None = None
         if self.config.position_embedding_type == "rope":
             self._frequencies = inverse_frequencies(self.config).to(self.device)
         self._choice = PLAIN
+        if context.is_last_stage:
+            tied = not self.config.untie_embeddings_and_output_weights
+            weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+            self._head = device.linear(weight.detach(), None)
+            if not tied:
+                model.output_layer.weight = None
 
     def choose(self, choice: Choice) -> None:
         """The adapter of what is computed from now on."""
@@ -75,11 +81,10 @@ class Stage:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the last stage: [n, h] -> fp32 [n, v] over the whole vocabulary, its padding cut off; on every rank."""
-        model = self.model
-        weight = None if self.config.untie_embeddings_and_output_weights else model.shared_embedding_or_output_weight()
-        normed = model.decoder.final_layernorm(hidden)
-        logits, _ = model.output_layer(normed[:, None], weight=weight, runtime_gather_output=True)
-        return logits[:, 0, : self.config.vocab_size].float()
+        logits = self._head(head_input(self.model.decoder.final_layernorm(hidden), self.config))
+        if self.context.tp_size > 1:
+            logits = gather_from_tensor_model_parallel_region(logits, group=self.context.tp_group)
+        return capped(logits, self.config)[:, : self.config.vocab_size].float()
 
     def _turn(self, places: Places) -> tuple[Tensor, Tensor] | None:
         """Cosine and signed sine [b, s, 1, 1, rotated channels] of the positions; None without rotary embedding."""
@@ -108,13 +113,13 @@ class _Layer:
         self.channels = attention.hidden_size_per_attention_head
         self.interleaved = attention.config.rotary_interleaved
         self.scale, self.shaping = attention.core_attention.scale, attention.core_attention.shaping
-        self.qkv, self.proj = ServedLinear(attention.linear_qkv), ServedLinear(attention.linear_proj)
+        self.qkv, self.proj = ServedLinear(attention.linear_qkv, device), ServedLinear(attention.linear_proj, device)
         self.linears: Mapping[str, ServedLinear] = {
             "self_attention.linear_qkv": self.qkv, "self_attention.linear_proj": self.proj
         }  # fmt: skip
         if isinstance(mlp, MLP):
             self.fc1, self.activation, self.fc2 = (
-                ServedLinear(mlp.linear_fc1), mlp.activation_func, ServedLinear(mlp.linear_fc2)
+                ServedLinear(mlp.linear_fc1, device), mlp.activation_func, ServedLinear(mlp.linear_fc2, device)
             )  # fmt: skip
             self.linears = {**self.linears, "mlp.linear_fc1": self.fc1, "mlp.linear_fc2": self.fc2}
             self.mlp = self._dense

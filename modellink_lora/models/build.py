@@ -208,10 +208,20 @@ def shape_embedding(
 def shape_logits(output_layer: torch.nn.Module, config: ModelConfig) -> None:
     """Scale the input of the output layer and cap its logits, where the model does."""
     if config.dim_model_base:
-        width = config.hidden_size / config.dim_model_base
-        output_layer.register_forward_pre_hook(lambda module, args: (args[0] / width, *args[1:]))
-    if cap := config.final_logit_softcapping:
-        output_layer.register_forward_hook(lambda module, args, out: (torch.tanh(out[0] / cap) * cap, *out[1:]))
+        output_layer.register_forward_pre_hook(lambda module, args: (head_input(args[0], config), *args[1:]))
+    if config.final_logit_softcapping:
+        output_layer.register_forward_hook(lambda module, args, out: (capped(out[0], config), *out[1:]))
+
+
+def head_input(x: Tensor, config: ModelConfig) -> Tensor:
+    """What the output layer multiplies."""
+    return x / (config.hidden_size / config.dim_model_base) if config.dim_model_base else x
+
+
+def capped(logits: Tensor, config: ModelConfig) -> Tensor:
+    """Logits within their bounds."""
+    cap = config.final_logit_softcapping
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def fill(

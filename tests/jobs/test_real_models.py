@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from modellink_lora.checkpoint.hf import COMPANIONS
 from modellink_lora.checkpoint.rank_files import open_rank_files
+from modellink_lora.inference.request import Choice, Request
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
+from tests.helpers.engine import reference, reference_answers, with_engine
 from tests.helpers.shared import shared
+from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +155,42 @@ def test_smollm2_comes_back_as_it_was(smollm2: Real, dtype: torch.dtype, tmp_pat
 @pytest.mark.slow
 def test_peft_loads_an_adapter_of_smollm2(smollm2: Real, tmp_path: Path) -> None:
     adapter_loads_in_peft(smollm2, tmp_path)
+
+
+def trained_adapter(model: Real, folder: Path) -> Path:
+    """A few steps of PEFT's on one answer: enough to change what the model says."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(model.hf, dtype=torch.float32), settings)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.arange(1000, 1040)[None]
+    for _ in range(8):
+        tuned(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 3}, {"pipeline_model_parallel_size": 2}])
+def test_smollm2_with_a_trained_adapter_answers_like_transformers(
+    smollm2: Real, layout: dict[str, int], tmp_path: Path
+) -> None:
+    adapter, ends = trained_adapter(smollm2, tmp_path / "lora"), frozenset({2})
+    prompts = [[1, 4093, 198, 504, 2260], list(range(1000, 1020)), [504]]
+    model, base = reference(smollm2.hf, adapter), reference(smollm2.hf, None)
+    expected = reference_answers(model, prompts, 24, stops=ends)
+    assert expected != reference_answers(base, prompts, 24, stops=ends)
+    common: dict[str, Any] = dict(
+        world_size=layout.get("tensor_model_parallel_size", 1) * layout.get("pipeline_model_parallel_size", 1),
+        parallel=layout, config={"load": str(smollm2.hf), "lora_load": str(adapter), "max_batch_size": 3},
+    )  # fmt: skip
+    asked = [Request(tuple(ids), 24, stop_ids=ends, choice=Choice("tuned")) for ids in prompts]
+    assert run(with_engine, use="generate", arguments={"requests": asked}, **common)[0] == expected
+    beams = {"prompts": prompts, "max_new_tokens": 12, "stop_ids": ends, "choice": Choice("tuned")}
+    found = run(with_engine, use="beams", arguments=beams, **common)[0]
+    assert [beam[0][1] for beam in found] == reference_answers(model, prompts, 12, stops=ends, num_beams=2)

@@ -11,7 +11,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.config.logits import LogitsConfig
 from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.device.cpu import CpuDevice
-from modellink_lora.inference.logits import read_prompts
+from modellink_lora.inference.prompt_file import read_prompts
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:

@@ -1,0 +1,121 @@
+"""What `inference.py` is told besides the model: which task, which prompts, how to sample, where to listen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.config.flag import flag
+
+BATCH_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
+TASKS = (*BATCH_TASKS, "chat", "server", "web")
+DEFAULT_PROMPT = "how are you?"
+_PORTS = {"server": 8000, "web": 7860}
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Inference"""
+
+    task: tuple[str, ...] = flag(
+        (), f"any of {' '.join(TASKS)}; default the first four, then chat on a terminal", choices=TASKS
+    )
+    prompt: tuple[str, ...] = flag((), f"prompts to answer; default '{DEFAULT_PROMPT}'")
+    prompt_file: str | None = flag(
+        None, 'prompts: .txt lines, a .json list of texts, or .jsonl of {"prompt": ..} or {"messages": [..]}'
+    )
+    output: str | None = flag(None, "write the answers to this .jsonl file instead of printing them")
+    max_new_tokens: int = flag(128, "most tokens of an answer")
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely token")
+    top_k: int = flag(50, "sample from that many of the most likely tokens; 0 from all")
+    top_p: float = flag(0.95, "sample from the most likely tokens that together reach this probability")
+    min_p: float = flag(0.0, "sample from tokens with at least this share of the best one's probability")
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely")
+    num_beams: int = flag(2, "beams of a beam search")
+    length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
+    stop: tuple[str, ...] = flag((), "further texts that end an answer")
+    adapter_scale: float = flag(1.0, "strength of the adapter: 0 is the base, 1 as trained")
+    history_turns: int = flag(3, "questions that a chat remembers, the newest included")
+    host: str = flag("127.0.0.1", "address that server and web page listen on; by default this machine only")
+    port: int | None = flag(None, "port of server (default 8000) or web page (default 7860); 0 takes a free one")
+    api_key: str | None = flag(None, "ask clients of the server for this key (Authorization: Bearer KEY)")
+    max_waiting: int = flag(256, "requests that may wait for their turn; more are answered with status 429")
+    max_request_bytes: int = flag(1 << 20, "longest request the server reads")
+
+    def __post_init__(self) -> None:
+        _check(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "must be at least 1")
+        _check(0 <= self.temperature < math.inf, "--temperature", self.temperature, "must be 0 or more")
+        _check(self.top_k >= 0, "--top-k", self.top_k, "must be 0 (all tokens) or more")
+        _check(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "--min-p", self.min_p, "must be between 0 and 1")
+        _check(0 < self.repetition_penalty < math.inf, "--repetition-penalty", self.repetition_penalty,
+               "must be above 0; 1 changes nothing")  # fmt: skip
+        _check(self.num_beams >= 1, "--num-beams", self.num_beams, "must be at least 1")
+        _check(math.isfinite(self.length_penalty), "--length-penalty", self.length_penalty, "must be a number")
+        _check(math.isfinite(self.adapter_scale), "--adapter-scale", self.adapter_scale, "must be a number")
+        _check(self.history_turns >= 1, "--history-turns", self.history_turns, "must be at least 1")
+        _check(self.port is None or 0 <= self.port < 65536, "--port", self.port, "must be between 0 and 65535")
+        _check(self.max_waiting >= 1, "--max-waiting", self.max_waiting, "must be at least 1")
+        _check(self.max_request_bytes >= 1, "--max-request-bytes", self.max_request_bytes, "must be at least 1")
+        _check(all(self.stop), "--stop", "''", "every text ends with nothing: give at least one character")
+        _check(all(self.prompt), "--prompt", "''", "is empty: write something")
+        if self.prompt and self.prompt_file:
+            raise UserError("--prompt and --prompt-file exclude each other: give one")
+        endless = [task for task in self.task if task not in BATCH_TASKS]
+        if len(set(endless)) > 1 or (endless and self.task[-1] != endless[0]):
+            raise UserError(
+                f"--task {' '.join(self.task)}: {' and '.join(dict.fromkeys(endless))} end only when they are told to: "
+                "give one of chat, server and web, as the last task"
+            )
+        if self.output is not None:
+            if not self.output.endswith(".jsonl"):
+                raise UserError(f"--output {self.output}: one JSON object a line is written: end its name with .jsonl")
+            if not (self.prompt or self.prompt_file):
+                raise UserError("--output is for the answers to your prompts: give --prompt or --prompt-file")
+            if self.task and not self.batch_tasks:
+                raise UserError(f"--output: {self.task[-1]} writes no file; choose a --task of {' '.join(BATCH_TASKS)}")
+
+    @property
+    def batch_tasks(self) -> Sequence[str]:
+        """The tasks that answer prompts and end, each once."""
+        return tuple(dict.fromkeys(task for task in self.task if task in BATCH_TASKS)) if self.task else BATCH_TASKS
+
+    def last_task(self, *, terminal: bool) -> str | None:
+        """chat, server or web, where one follows. Without --task it is a chat, if somebody is there to write."""
+        if not self.task:
+            return "chat" if terminal else None
+        return self.task[-1] if self.task[-1] not in BATCH_TASKS else None
+
+    def port_of(self, task: str) -> int:
+        return _PORTS[task] if self.port is None else self.port
+
+
+def _check(right: bool, flag: str, value: object, advice: str) -> None:
+    if not right:
+        raise UserError(f"{flag} {value}: {advice}")
+
+
+_BEAM = ("beam_search", "beam_search_with_sampling")
+_SAMPLED = ("do_sample", "beam_search_with_sampling", "chat", "server", "web")
+_LISTENING = ("server", "web")
+_EFFECT = {
+    **dict.fromkeys(("prompt", "prompt_file"), BATCH_TASKS),
+    **dict.fromkeys(("num_beams", "length_penalty"), _BEAM),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), _SAMPLED),
+    **dict.fromkeys(("host", "port", "max_waiting"), _LISTENING),
+    **dict.fromkeys(("api_key", "max_request_bytes"), ("server",)),
+    "repetition_penalty": ("greedy", "beam_search", *_SAMPLED),
+    "history_turns": ("chat", "web"),
+}
+
+
+def without_effect(given: Iterable[str], tasks: Iterable[str]) -> list[str]:
+    """A sentence for each field in `given` that none of `tasks` looks at."""
+    running = set(tasks)
+    return [
+        f"--{name.replace('_', '-')} has no effect here: it is for --task {' '.join(_EFFECT[name])}"
+        for name in given
+        if name in _EFFECT and not running & set(_EFFECT[name])
+    ]

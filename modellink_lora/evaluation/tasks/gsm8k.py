@@ -1,0 +1,73 @@
+"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168): school mathematics in words; the number at the end counts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from modellink_lora.evaluation.files import Row, json_rows, split_files, train_shots
+from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
+
+DEFAULT_SHOTS = 5
+_SAYS = "The answer is"
+
+
+def items(folder: Path, options: Options) -> list[Item]:
+    """The questions of the test files; worked examples are the first rows of a train file, with their solutions."""
+    files, train = split_files(folder, task="gsm8k")
+    wanted = DEFAULT_SHOTS if options.num_shots is None else options.num_shots
+    shots = train_shots(train, wanted, folder=folder, task="gsm8k")
+    return [
+        Item("gsm8k", number, _prompt(row, shots, options.chat), _solution(row)[1])
+        for number, row in enumerate(json_rows(files)[: options.most])
+    ]
+
+
+def _asked(row: Row) -> str:
+    return f"Question: {row.text('question')}\nAnswer:"
+
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")  # notes for a calculator that the authors' model had
+
+
+def _solution(row: Row) -> tuple[str, str]:
+    """(the steps, the number) of a row; a row's answer ends with `#### NUMBER`."""
+    steps, mark, number = row.text("answer").rpartition("####")
+    if not mark or not as_number(number):
+        raise row.error("the answer does not end with #### and a number")
+    return " ".join(_CALCULATOR.sub("", steps).split()), as_number(number)
+
+
+def _worked(row: Row) -> str:
+    steps, number = _solution(row)
+    return f"{steps} {_SAYS} {number}."
+
+
+def _prompt(row: Row, shots: list[Row], chat: bool) -> Prompt:
+    if chat:
+        return conversation([(_asked(shot), _worked(shot)) for shot in shots], _asked(row))
+    return "\n\n".join([*(f"{_asked(shot)} {_worked(shot)}" for shot in shots), _asked(row)])
+
+
+_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+_SAID = re.compile(rf"(?:{_SAYS}|####)\D{{0,12}}?({_NUMBER})", re.IGNORECASE)
+
+
+def read(item: Item, text: str) -> str:
+    """The number behind the first `The answer is` or `####`, else the last number there is."""
+    found = _SAID.search(text)
+    last = re.findall(_NUMBER, text)
+    return as_number(found[1]) if found else as_number(last[-1]) if last else ""
+
+
+def as_number(text: str) -> str:
+    """A number in one spelling, without currency, thousands and trailing zeros; "" for what is none."""
+    plain = text.strip().replace(",", "").replace("$", "")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", plain):
+        return ""
+    whole, _, part = plain.partition(".")
+    part = part.rstrip("0")
+    return f"{int(whole)}.{part}" if part else str(int(whole))
+
+
+TASK = Task("gsm8k", "gsm8k", items, read, stop=("\n\nQuestion:", "\nQuestion:"), max_new_tokens=512)

@@ -1,0 +1,51 @@
+"""The process that runs a model's code: what it may do, and that it ends."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+
+from modellink_lora.evaluation.sandbox import FILE_BYTES, MEMORY_BYTES, passes
+
+
+def test_a_program_that_ends_passes_and_one_that_raises_does_not() -> None:
+    assert passes("assert sorted([2, 1]) == [1, 2]")
+    assert not passes("assert sorted([2, 1]) == [2, 1]")
+    assert not passes("def f(:")
+
+
+@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+def test_leaving_before_the_tests_is_no_success(leave: str) -> None:
+    assert not passes(f"{leave}\nassert False")
+
+
+def test_it_sees_an_empty_folder_no_environment_and_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1")
+    assert passes(
+        "import os, sys\nassert os.listdir('.') == []\nassert not set(os.environ) - {'LC_CTYPE'}, os.environ\n"
+        "assert sys.stdin.read() == ''\nopen('own', 'w').write('x')"
+    )
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [f"x = bytearray({MEMORY_BYTES})", f"with open('big', 'wb') as file: file.write(b'x' * {FILE_BYTES + 1})"],
+)
+def test_it_may_not_use_much_memory_or_disk(greedy: str) -> None:
+    assert not passes(greedy)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the operating system does not limit root's processes")
+def test_it_may_not_start_processes() -> None:
+    assert not passes("import os\nos.fork()")
+
+
+def test_its_whole_session_is_gone_after_the_deadline() -> None:
+    started = time.monotonic()
+    assert not passes("import os, time\nos.fork()\nwhile True: time.sleep(1.125)", seconds=1)
+    assert time.monotonic() - started < 5
+    left = [p for p in psutil.process_iter(["cmdline"]) if "setrlimit" in " ".join(p.info["cmdline"] or ())]
+    assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
