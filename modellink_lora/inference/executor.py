@@ -74,8 +74,9 @@ class Executor:
         if self.cache is None or rows > self.cache.rows or slots > self.cache.slots:
             if self.cache is not None:
                 rows, slots = max(rows, self.cache.rows), max(slots, self.cache.slots)
-            self._say(f"key/value cache: {rows} prompt{"s" * (rows > 1)} x {slots} tokens, {_size(self.cache_bytes(rows, slots))} on "
-                      "each process of the fullest stage")  # fmt: skip
+            prompts = "1 prompt" if rows == 1 else f"{rows} prompts"
+            self._say(f"key/value cache: {prompts} x {slots} tokens, {_size(self.cache_bytes(rows, slots))} on each "
+                      "process of the fullest stage")  # fmt: skip
             self._tell("_reserve", rows, slots)
             self._reserve(rows, slots)
 
