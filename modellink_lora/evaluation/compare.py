@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,15 +42,14 @@ from modellink_lora.evaluation.comparison import (
     Reference,
     Variant,
     coarsest,
-    disturb,
 )
+from modellink_lora.evaluation.disturbed import Disturbed
 from modellink_lora.inference.engine import Engine
 from modellink_lora.inference.executor import Batch, Executor
 from modellink_lora.inference.logits import read_prompts
 from modellink_lora.inference.model import TUNED, SourceWeights, load_stage, open_adapters, open_any_base
 from modellink_lora.inference.prompting import Prompter
 from modellink_lora.inference.request import PLAIN, Choice, Request
-from modellink_lora.inference.stage import Stage
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
@@ -230,27 +230,39 @@ class _Run:
         Args:
             coarse: dtypes whose rounding noise is to be measured, on the reference's model.
         """
-        self.device.reset_peak_memory()
-        seed_everything(self.settings.seed, self.context, self.device)  # megatron-core wants it; nothing is drawn
-        stage, notes = load_stage(model.base, model.adapters, self.context, self.device, dtype=self.settings.dtype)
-        for line in notes:
-            self.note(line)
         found: list[Variant] = []
-        with _led(stage, self.context) as executor:
+        self.device.reset_peak_memory()
+        with self._loaded(model.base, model.adapters, self.note) as executor:
             if executor is not None:
-                found = self._answers(model, stage, executor)
+                found = self._answers(model, executor)
                 for variant, choice in zip(found, model.runs.values(), strict=True):
                     self._compare(variant, executor, choice)
-        for dtype in sorted(coarse, key=lambda dtype: torch.finfo(dtype).eps):
-            with torch.no_grad():
-                disturb(stage.model.parameters(), dtype)
-            with _led(stage, self.context) as executor:
+        for dtype in coarse:
+            gc.collect()
+            with self._loaded(Disturbed.of(model.base, dtype), model.adapters, lambda line: None) as executor:
                 if executor is not None:
                     for key, logits in _logits(executor, self.sequences, model.runs[self.reference]):
                         self.kept.keep_noise(key, dtype, logits)
         return found
 
-    def _answers(self, model: Model, stage: Stage, executor: Executor) -> list[Variant]:
+    @contextlib.contextmanager
+    def _loaded(
+        self, base: Base, adapters: Mapping[str, Adapter], note: Callable[[str], None]
+    ) -> Iterator[Executor | None]:
+        """The model ready to run, on the leader; None on the others, after they have followed it."""
+        seed_everything(self.settings.seed, self.context, self.device)  # megatron-core wants it; nothing is drawn
+        stage, notes = load_stage(base, adapters, self.context, self.device, dtype=self.settings.dtype)
+        for line in notes:
+            note(line)
+        executor = Executor(stage, self.context, say=lambda line: None)
+        if not self.context.is_main:
+            executor.follow()
+            yield None
+            return
+        yield executor
+        executor.dismiss()
+
+    def _answers(self, model: Model, executor: Executor) -> list[Variant]:
         engine = Engine(
             executor, self.prompter.tokenizer, choices=tuple(model.adapters), max_batch=self.settings.max_batch_size,
             max_length=_longest(model.base.config), use_cache=self.settings.use_kv_cache,
@@ -272,7 +284,7 @@ class _Run:
                     name, str(self.settings.load) if name == BASE else model.where,
                     [one.text for one in answers], [one.ids for one in answers],
                     tokens_per_second=sum(len(one.tokens) for one in answers) / seconds,
-                    weight_bytes=_weight_bytes(stage, choice), dtype=model.dtype,
+                    weight_bytes=_weight_bytes(model, choice, self.settings.dtype), dtype=model.dtype,
                 )
             )  # fmt: skip
         assert executor.cache is not None
@@ -298,18 +310,6 @@ class _Run:
         variant.gap = gap
 
 
-@contextlib.contextmanager
-def _led(stage: Stage, context: ParallelContext) -> Iterator[Executor | None]:
-    """An executor on the leader; None on the others, after they have followed it."""
-    executor = Executor(stage, context, say=lambda line: None)
-    if not context.is_main:
-        executor.follow()
-        yield None
-        return
-    yield executor
-    executor.dismiss()
-
-
 def _logits(executor: Executor, sequences: Sequence[Sequence[int]], choice: Choice) -> Iterator[tuple[str, Tensor]]:
     """(key, logits [n, v]) piece by piece, through row 0 of the cache."""
     executor.reserve(1, max(map(len, sequences)))
@@ -320,11 +320,13 @@ def _logits(executor: Executor, sequences: Sequence[Sequence[int]], choice: Choi
             yield f"{number}.{start}", executor.forward(Batch(choice, [0], [start], [piece], wanted))
 
 
-def _weight_bytes(stage: Stage, choice: Choice) -> int:
-    parameters = sum(parameter.nbytes for parameter in stage.model.parameters())
-    linears = stage.linears.values()
-    factors = [linear.adapters[choice.adapter] for linear in linears if choice.adapter in linear.adapters]
-    return parameters + sum(a.nbytes + b.nbytes for a, b, _ in factors)
+def _weight_bytes(model: Model, choice: Choice, dtype: str) -> int:
+    """Of the whole model on all processes, without what they hold twice."""
+    total = model.base.config.parameter_count() * DTYPES[dtype].itemsize
+    if adapter := model.adapters.get(choice.adapter):
+        numbers = sum(math.prod(shape) for shape in adapter.shapes.values())
+        total += numbers * DTYPES[adapter.meta.lora.dtype or dtype].itemsize
+    return total
 
 
 def agree(wrong: bool) -> bool:

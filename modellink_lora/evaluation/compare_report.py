@@ -141,8 +141,8 @@ def page(comparison: Comparison) -> str:
 def _explanation(comparison: Comparison) -> str:
     return (
         f"Answers are greedy. Logits are compared at every position of each prompt and of the answer of "
-        f"{comparison.reference} to it. Tokens/s count answers, prompts included in the time; memory is that of the "
-        "first process in MiB, base and unmerged adapter being loaded together."
+        f"{comparison.reference} to it. Tokens/s count answers, prompts included in the time. Memory is in MiB: "
+        "weights of the whole model, cache and peak of the first process; base and unmerged are loaded together."
     )
 
 

@@ -119,11 +119,3 @@ class Reference:
 
 def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
     return max((dtype for dtype in dtypes if dtype), key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def disturb(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
-    """Move every number at random by up to half of the last digit that it has in `dtype`, as rounding does."""
-    generator = torch.Generator().manual_seed(0)  # the same on all processes, which share some parameters
-    for parameter in parameters:
-        drawn = torch.rand(parameter.shape, generator=generator).to(parameter.device) - 0.5
-        parameter.copy_(parameter.float() * (1 + torch.finfo(dtype).eps * drawn))

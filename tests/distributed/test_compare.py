@@ -79,7 +79,7 @@ def test_merged_models_are_the_unmerged_one_and_the_base_is_as_far_as_transforme
         assert gap is not None and gap.largest < 1e-4 and gap.same_best == positions
     base_bytes, tuned_bytes = (variants(found)[name].weight_bytes for name in (BASE, UNMERGED))
     assert base_bytes == sum(p.nbytes for p in base.parameters())
-    # q, k and v (and gate and up) share a linear here, with the rank of all of them together
+    # projections that share a linear are kept side by side: q, k and v have rank 12 together, gate and up 8
     factors = 12 * (64 + 128) + 4 * (64 + 64) + 8 * (64 + 256) + 4 * (128 + 64)
     assert tuned_bytes - base_bytes == 2 * 4 * factors
 
