@@ -63,8 +63,8 @@ class MetaLayout:
         """Whether it is for Llama 3's code, which cuts the embedding by tokens; that of Llama 1 and 2 by channels."""
         return self.config.rope_scaling_type is not None or self.config.vocab_size >= _LLAMA_3_VOCABULARY
 
-    def check(self) -> None:
-        """Raise UserError when Meta's code would compute another function, or cannot cut the model so."""
+    def odd(self) -> list[str]:
+        """What Meta's code does not compute of this model, or has no tensor for."""
         c = self.config
         odd = c.beyond_llama()
         odd += [f"{name} {getattr(c, name)}" for name in ("normalize_head", "sliding_window") if getattr(c, name)]
@@ -79,8 +79,12 @@ class MetaLayout:
                     for name, value in _SCALED_ROPE.items() if getattr(c, name) != value]  # fmt: skip
         known = {tensor.source for tensor in self.tensors()}
         held = [spec.name for spec in family_of(c.hf_model_type).tensors(c)]
-        odd += [f"a tensor {name}" for name in held if name not in known][:1]
-        if odd:
+        return odd + [f"a tensor {name}" for name in held if name not in known][:1]
+
+    def check(self) -> None:
+        """Raise UserError when Meta's code would compute another function, or cannot cut the model so."""
+        c = self.config
+        if odd := self.odd():
             raise UserError(
                 f"--save-model-type meta: Meta's Llama code does not compute what this {c.hf_model_type} model has, "
                 f"{', '.join(odd)}: choose mg or hf"

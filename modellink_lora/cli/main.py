@@ -21,6 +21,8 @@ JOBS = {
     "report": "write the report of a training run again from its folder",
     "infer": "answer prompts, chat, or serve an API or a web page, with the adapter unmerged",
     "evaluate": "judge base and tuned model on mmlu and other benchmarks",
+    "lm-eval": "run lm-eval's tasks on base or tuned model, e.g. lm-eval --load BASE -- --tasks arc_easy",
+    "compare": "compare the answers of base, unmerged adapter and merged models on the same prompts",
     "logits": "write the logits of prompts, from a base with or without its adapter",
 }
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"modellink-lora: error: no job {words[0]!r}; choose {', '.join(JOBS)}", file=sys.stderr)
         return 2
     # imported by name only now: one job must not wait for, or need, the libraries of another
-    return run(lambda: import_module(f"modellink_lora.cli.{words[0]}").main(words[1:]))
+    return run(lambda: import_module(f"modellink_lora.cli.{words[0].replace('-', '_')}").main(words[1:]))
 
 
 # All processes of a run usually fail for the same reason. The launcher stops the others once one has ended: those that

@@ -54,6 +54,10 @@ class Device(abc.ABC):
         """Bytes: allocated, max allocated, reserved, max reserved."""
 
     @abc.abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Let "max allocated" of `memory` begin anew."""
+
+    @abc.abstractmethod
     def free_memory(self) -> int:
         """Bytes that can still be allocated; on a CPU all processes of the host share them."""
 

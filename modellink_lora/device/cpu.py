@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -42,6 +44,10 @@ class CpuDevice(Device):
         resident = psutil.Process().memory_info().rss
         peak = max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return {"allocated": resident, "max allocated": peak, "reserved": resident, "max reserved": peak}
+
+    def reset_peak_memory(self) -> None:
+        with contextlib.suppress(OSError):  # where the kernel does not allow it the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
 
     def free_memory(self) -> int:
         return int(psutil.virtual_memory().available)

@@ -59,6 +59,9 @@ class CudaDevice(Device):
             "max reserved": torch.cuda.max_memory_reserved(),
         }
 
+    def reset_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
     def free_memory(self) -> int:
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch's allocator, for reuse
         return torch.cuda.mem_get_info()[0] + kept

@@ -62,6 +62,9 @@ class NpuDevice(Device):
             "max reserved": npu.max_memory_reserved(),
         }
 
+    def reset_peak_memory(self) -> None:
+        _npu().reset_peak_memory_stats()
+
     def free_memory(self) -> int:
         npu = _npu()
         return int(npu.mem_get_info()[0] + npu.memory_reserved() - npu.memory_allocated())

@@ -170,6 +170,11 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def halves(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `neighbours`."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     """torch.cat; of tensors without data by arithmetic, because torch then loads its compiler, which takes seconds."""
     if not parts[0].is_meta:

@@ -13,7 +13,7 @@ _LINES = ("#2f6fde", "#e0592a", "#1f9d6b", "#8b5cd6")
 # data, forward, backward, three kinds of communication, optimizer, other
 _PARTS = ("#8b8f98", "#2f6fde", "#12a594", "#f2b01e", "#e8772e", "#d6486a", "#8b5cd6", "#c3c8d0")
 
-_CSS = """
+STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --text: #1c2330; --pale: #667085; --edge: #dfe3ea;
   --grid: #e8ebf0; --mark: #fff6dd; --warn: #b54708; }
 @media (prefers-color-scheme: dark) { :root { --page: #12151b; --card: #1b2029; --text: #e4e8ef; --pale: #98a2b3;
@@ -59,14 +59,14 @@ def page(report: Report) -> str:
         f"<h1>{escape(report.name)}</h1>",
         f'<p class="under">LoRA fine-tuning, started {escape(str(report.session["started"]))}</p>',
         _cards(report.highlights()), _charts(report), _split(report), _notes(report.notes()),
-        *(_table(table) for table in report.tables()),
+        *(table_section(table) for table in report.tables()),
     ])  # fmt: skip
     colours = [f".c{i}{{stroke:{c}}}.dot.c{i}{{fill:{c}}}i.c{i}{{background:{c}}}" for i, c in enumerate(_LINES)]
     colours += [f".p{i}{{fill:{c}}}i.p{i}{{background:{c}}}" for i, c in enumerate(_PARTS)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.name)}: training report</title><style>{_CSS}{''.join(colours)}</style></head>"
+        f"<title>{escape(report.name)}: training report</title><style>{STYLE}{''.join(colours)}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -123,7 +123,7 @@ def _notes(notes: Sequence[str]) -> str:
     return f"<section><h2>Notes and warnings</h2><ul>{items}</ul></section>"
 
 
-def _table(table: Table) -> str:
+def table_section(table: Table) -> str:
     head = ""
     numeric = [index > 0 and all(_is_number(row[index]) for row in table.rows) for index in range(len(table.rows[0]))]
     style = [' class="number"' if number else "" for number in numeric]
