@@ -91,6 +91,7 @@ def test_chat_templates_give_the_prompts_of_the_hf_backend(models: Path) -> None
     assert_equal(of_our_engine(models, "tuned", **chat), expected)
 
 
+@pytest.mark.slow
 def test_the_command_leads_lm_eval_on_two_processes(models: Path, tmp_path: Path) -> None:
     convert(models / "hf", tmp_path / "mg", to="mg")
     ours = ["--load", tmp_path / "mg", "--lora-load", models / "lora", "--tokenizer-name-or-path", models / "hf",
