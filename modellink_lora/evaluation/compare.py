@@ -47,9 +47,9 @@ from modellink_lora.evaluation.disturbed import Disturbed
 from modellink_lora.inference.engine import Engine
 from modellink_lora.inference.executor import Batch, Executor
 from modellink_lora.inference.logits import read_prompts
-from modellink_lora.inference.model import TUNED, SourceWeights, load_stage, open_adapters, open_any_base
+from modellink_lora.inference.model import SourceWeights, load_stage, open_adapters, open_any_base
 from modellink_lora.inference.prompting import Prompter
-from modellink_lora.inference.request import PLAIN, Choice, Request
+from modellink_lora.inference.request import PLAIN, TUNED, Choice, Request
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything

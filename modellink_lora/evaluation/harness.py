@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.harness import MODEL
-from modellink_lora.inference.request import BASE, Choice, Request, Sampling
+from modellink_lora.inference.request import BASE, Choice, Request, Sampling, default_choice
 from modellink_lora.inference.session import Served
 
 _MAX_GEN_TOKS = 256  # of tasks that do not say, as in the Hugging Face backend
@@ -195,7 +195,7 @@ class EngineLM(TemplateLM):
 def choice_of(served: Served, adapter: str | None) -> Choice:
     """The adapter called `adapter`, by default that of --lora-load. Raises UserError for a name nobody has."""
     known = (BASE, *served.engine.choices)
-    name = adapter or served.default_choice
+    name = adapter or default_choice(served.engine.choices).adapter
     if name not in known:
         raise UserError(f"--adapter {name}: no adapter is called so; choose {', '.join(known)}")
     return Choice(name)

@@ -14,8 +14,8 @@ from typing import Any
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.prompt_file import ROLES
-from modellink_lora.inference.request import BASE, Choice, Request
-from modellink_lora.inference.tasks import default_choice, sampling_of
+from modellink_lora.inference.request import BASE, Choice, Request, default_choice
+from modellink_lora.inference.tasks import sampling_of
 
 _MOST_TOP = 20  # of the tokens reported beside each chosen one
 _MOST_STOPS = 16
@@ -111,7 +111,7 @@ class Reader:
         scale = fields.number("adapter_scale", self._config.adapter_scale)
         name = fields.take("model", None, str, "a text")
         if name is None:
-            return default_choice(self._engine, scale)
+            return default_choice(self._engine.choices, scale)
         if name not in self.models:
             raise ApiError(404, f"the model {name!r} does not exist; there are {', '.join(self.models)}",
                            param="model", code="model_not_found")  # fmt: skip

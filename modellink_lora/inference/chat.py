@@ -12,8 +12,8 @@ from rich.console import Console
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.history import History
-from modellink_lora.inference.request import BASE, Choice, Request
-from modellink_lora.inference.tasks import TUNED, default_choice, sampling_of
+from modellink_lora.inference.request import BASE, TUNED, Choice, Request, default_choice
+from modellink_lora.inference.tasks import sampling_of
 
 _QUIT, _CLEAR = ("q", "quit", "exit"), ("clear", "new")
 _HELP = """\
@@ -37,7 +37,7 @@ class Chat:
     def __init__(self, config: InferConfig, engine: Any, prompter: Any, *, seed: int, console: Console) -> None:
         self._config, self._engine, self._prompter = config, engine, prompter
         self._seed, self._console = seed, console
-        self._tuned = default_choice(engine, config.adapter_scale)
+        self._tuned = default_choice(engine.choices, config.adapter_scale)
         self.choices = [self._tuned]
         self._histories: dict[str, History] = {}
 

@@ -21,13 +21,12 @@ from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.sources import Source, open_source
 from modellink_lora.device import Device
+from modellink_lora.inference.request import TUNED
 from modellink_lora.inference.stage import Stage
 from modellink_lora.models.build import DTYPES, build_chunks, fill
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.training.base import Base, open_base
 from modellink_lora.training.setup import check_base, check_shapes, choose_lora, partition_of
-
-TUNED = "tuned"  # the adapter of --lora-load
 
 
 @dataclass(frozen=True)

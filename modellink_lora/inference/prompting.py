@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ class Prompter:
     Args:
         prompt_type: name of a template; None for none.
         hf_chat_template: put the tokenizer's chat template around prompts.
-        folder: of the tokenizer; its generation_config.json may name more tokens that end an answer.
+        folder: of the tokenizer; generation_config.json or config.json there may name more tokens that end an answer.
         stop_words: further tokens that do, by their text.
     """
 
@@ -89,9 +90,10 @@ def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
 
 
 def _generation_stops(folder: Path) -> list[int]:
-    """Ids that `generation_config.json` beside the tokenizer says end an answer."""
-    try:
-        ids = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    """Ids that end an answer by the files beside the tokenizer; like transformers, the first that says so is asked."""
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+    return []

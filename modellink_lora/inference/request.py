@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 BASE = "base"  # the model without any adapter
+TUNED = "tuned"  # the adapter of --lora-load
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Choice:
 
 
 PLAIN = Choice()
+
+
+def default_choice(adapters: Collection[str], scale: float = 1.0) -> Choice:
+    """The adapter of --lora-load if it is one of `adapters`, else the base."""
+    return Choice(TUNED, scale) if TUNED in adapters else PLAIN
 
 
 @dataclass(frozen=True)

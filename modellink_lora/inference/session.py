@@ -20,9 +20,9 @@ from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.inference.engine import Engine
 from modellink_lora.inference.executor import Executor
-from modellink_lora.inference.model import TUNED, load_stage, open_adapters, open_any_base
+from modellink_lora.inference.model import load_stage, open_adapters, open_any_base
 from modellink_lora.inference.prompting import Prompter
-from modellink_lora.inference.request import BASE
+from modellink_lora.inference.request import TUNED
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
 
@@ -43,11 +43,6 @@ class Served:
     replicas: int
     gather: Callable[[Any], list[Any] | None]
     about: Mapping[str, Any]
-
-    @property
-    def default_choice(self) -> str:
-        """The adapter of --lora-load if there is one."""
-        return TUNED if TUNED in self.engine.choices else BASE
 
 
 @contextlib.contextmanager

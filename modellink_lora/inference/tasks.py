@@ -14,9 +14,7 @@ from tqdm import tqdm
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.prompt_file import Prompt, encoded, shown
-from modellink_lora.inference.request import BASE, Choice, Completion, Request, Sampling
-
-TUNED = "tuned"  # the adapter of --lora-load
+from modellink_lora.inference.request import Completion, Request, Sampling, default_choice
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ _TASKS = {
     "beam_search": _Task("Beam Search", samples=False, beams=True),
     "beam_search_with_sampling": _Task("Beam Search with Sampling", samples=True, beams=True),
 }
-
-
-def default_choice(engine: Any, scale: float = 1.0) -> Choice:
-    """The adapter of --lora-load if there is one, else the base."""
-    return Choice(TUNED, scale) if TUNED in engine.choices else Choice(BASE)
 
 
 def sampling_of(config: InferConfig, *, seed: int, samples: bool = True) -> Sampling:
@@ -66,7 +59,7 @@ def run_tasks(
         if config.output is None:
             say(f"\n=============== {task.title} ===============")
         began = time.perf_counter()
-        choice = default_choice(engine, config.adapter_scale)
+        choice = default_choice(engine.choices, config.adapter_scale)
         with tqdm(total=len(ids), desc=name, unit="prompt", disable=len(ids) < 2 or None, leave=False) as bar:
             requests = [
                 Request(

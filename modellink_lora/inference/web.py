@@ -20,8 +20,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.history import History
 from modellink_lora.inference.listening import Listening, address_of, is_loopback
-from modellink_lora.inference.request import BASE, Choice, Request, Sampling, Token
-from modellink_lora.inference.tasks import TUNED
+from modellink_lora.inference.request import BASE, TUNED, Choice, Request, Sampling, Token
 from modellink_lora.inference.worker import Answer, Busy, Ended, Worker
 
 Memory = dict[str, list[tuple[str, str]]]  # model -> questions and answers

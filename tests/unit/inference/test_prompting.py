@@ -71,9 +71,12 @@ def test_conversations_that_do_not_fit_are_refused(messages: list[dict[str, str]
 
 
 def test_answers_end_at_eos_template_words_generation_config_and_flags(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 9}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     found = prompter(tmp_path, prompt_type="chatml", stop_words=["!", "<pad>"])
     vocab = found.tokenizer.get_vocab()
     assert found.stop_ids == {vocab["<|im_end|>"], vocab["<|im_start|>"], 2, 7, vocab["!"], vocab["<pad>"]}
+    (tmp_path / "generation_config.json").unlink()
+    assert 9 in prompter(tmp_path).stop_ids
     with pytest.raises(UserError, match="--add-eos-token zzqq: is 4 tokens to this tokenizer, not one"):
         prompter(tmp_path, stop_words=["zzqq"])
