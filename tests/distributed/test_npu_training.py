@@ -49,7 +49,7 @@ def on_cpu(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "layout",
     [
-        ("--tensor-model-parallel-size", 2, "--sequence-parallel"),
+        pytest.param(("--tensor-model-parallel-size", 2, "--sequence-parallel"), marks=pytest.mark.slow),
         ("--tensor-model-parallel-size", 2, "--sequence-parallel", "--lora-fusion", "--use-mc2"),
         pytest.param(
             ("--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 1), marks=pytest.mark.slow

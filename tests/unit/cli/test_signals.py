@@ -25,7 +25,8 @@ while not stop():
 print(stop(), flush=True)
 """
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with it ignored
 from pathlib import Path
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.signals import stopping
