@@ -3,7 +3,8 @@
     python -m benchmarks.bench_generate [--layers 30] [--prompt 64] [--tokens 48] [--rounds 5]
 
 A generated Llama of SmolLM2-135M's shape, fp32 (on a GPU bf16), greedy; every case makes the same number of tokens from
-the same prompts. A round runs each case once. Time is that of the whole call, prompt included, on both sides.
+the same prompts. A round runs each case once, and once for a single token: the time of a token is that of the others,
+without the prompt.
 """
 
 from __future__ import annotations
@@ -39,31 +40,32 @@ def make(folder: Path, layers: int) -> None:
     write_peft(folder / "lora", open_adapter(folder / "adapter"), base_model=str(folder / "hf"))
 
 
-def reference_cases(folder: Path, prompts: list[list[int]], tokens: int, device: Any, dtype: Any
-                    ) -> dict[str, Callable[[], object]]:  # fmt: skip
+def reference_models(folder: Path, device: Any, dtype: Any) -> dict[str, Any]:
     """`transformers` and `PEFT`."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    cases: dict[str, Callable[[], object]] = {}
-    for name in ("transformers", "PEFT"):
+    models: dict[str, Any] = {}
+    for name in PAIRS.values():
         model: Any = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).to(device).eval()
-        if name == "PEFT":
-            model = PeftModel.from_pretrained(model, folder / "lora").eval()
-        model.generation_config.eos_token_id = None
-        ids = torch.tensor(prompts, device=device)
+        models[name] = PeftModel.from_pretrained(model, folder / "lora").eval() if name == "PEFT" else model
+        models[name].generation_config.eos_token_id = None
+    return models
 
-        def generate(model: Any = model, ids: Any = ids) -> object:
-            with torch.inference_mode():
-                found = model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
-                    pad_token_id=0,
-                )  # fmt: skip
-            return found[:, ids.shape[1] :].tolist()
 
-        cases[name] = generate
-    return cases
+def reference_cases(models: dict[str, Any], prompts: list[list[int]], tokens: int) -> dict[str, Callable[[], object]]:
+    import torch
+
+    def generate(model: Any) -> object:
+        ids = torch.tensor(prompts, device=model.device)
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+        return found[:, ids.shape[1] :].tolist()
+
+    return {name: (lambda model=model: generate(model)) for name, model in models.items()}
 
 
 def our_cases(engine: Any, prompts: list[list[int]], tokens: int) -> dict[str, Callable[[], object]]:
@@ -106,20 +108,28 @@ def bench(layers: int, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
                          say=print) as served:  # fmt: skip
             assert served is not None
             generator = torch.Generator().manual_seed(1)
+            models = reference_models(folder, here, dtype)
             for batch in BATCHES:
                 prompts = torch.randint(10, 49000, (batch, prompt), generator=generator).tolist()
-                theirs = reference_cases(folder, prompts, tokens, here, dtype)
-                cases = {**theirs, **our_cases(served.engine, prompts, tokens)}
+                cases, first = (
+                    reference_cases(models, prompts, count) | our_cases(served.engine, prompts, count)
+                    for count in (tokens, 1)
+                )
                 answers = {case: function() for case, function in cases.items()}
                 same = {
                     "base": answers["base"] == answers["transformers"],
                     "tuned": answers["tuned"] == answers["PEFT"],
                 }
                 clock = harness.cpu_seconds if device.name == "cpu" else harness.wall_seconds
-                seconds = harness.interleaved(cases, clock, budget=240, least=3, most=rounds)
-                rows = harness.ratios(seconds, to="transformers")
+                every = {**cases, **{f"{name}, first token": function for name, function in first.items()}}
+                seconds = harness.interleaved(every, clock, budget=240, least=3, most=rounds)
+                rest = {
+                    name: [a - b for a, b in zip(seconds[name], seconds[f"{name}, first token"], strict=True)]
+                    for name in cases
+                }
+                rows = harness.ratios(rest, to="transformers")
                 for row in rows.values():
-                    row["tokens_per_second"] = batch * tokens / row["seconds"]
+                    row["tokens_per_second"] = batch * (tokens - 1) / row["seconds"]
                     print(f"batch {batch}: {row}", flush=True)
                 result[str(batch)] = {
                     "cases": rows, "same_tokens": same,
