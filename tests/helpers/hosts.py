@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,14 @@ class Host:
         self.hosts_file.write_text("127.0.0.1 localhost\n" + "".join(f"{at} {name}\n" for name, at in names.items()))
 
 
+@dataclass(frozen=True)
+class SlowCable:
+    """How long each bit takes from a host to the switch, and how many a second pass."""
+
+    delay: float
+    rate: float
+
+
 @dataclass
 class Network:
     """Hosts node0, node1, ... of one switch."""
@@ -68,7 +77,7 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(count: int, folder: Path) -> Iterator[Network]:
+def network(count: int, folder: Path, *, cable: SlowCable | None = None) -> Iterator[Network]:
     """`count` hosts that know each other's names. Raises Unavailable where they cannot be made."""
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent or os.geteuid() != 0:
@@ -80,7 +89,7 @@ def network(count: int, folder: Path) -> Iterator[Network]:
             _wait_for(lambda: os.readlink(f"/proc/{switch.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
             _run(*inside, "ip", "link", "add", "bridge", "type", "bridge")
             _run(*inside, "ip", "link", "set", "bridge", "up")
-            made = Network([_host(number, folder, inside, held) for number in range(count)], switch.pid)
+            made = Network([_host(number, folder, inside, held, cable) for number in range(count)], switch.pid)
         except (subprocess.CalledProcessError, OSError, TimeoutError) as error:
             said = getattr(error, "stderr", b"") or str(error).encode()
             raise Unavailable(f"no network namespaces: {said.decode().strip()}") from error
@@ -89,7 +98,9 @@ def network(count: int, folder: Path) -> Iterator[Network]:
         yield made
 
 
-def _host(number: int, folder: Path, switch: Sequence[str], held: contextlib.ExitStack) -> Host:
+def _host(
+    number: int, folder: Path, switch: Sequence[str], held: contextlib.ExitStack, cable: SlowCable | None
+) -> Host:
     name, hosts = f"node{number}", folder / f"hosts.{number}"
     hosts.write_text("127.0.0.1 localhost\n")
     boot = held.enter_context(
@@ -103,13 +114,27 @@ def _host(number: int, folder: Path, switch: Sequence[str], held: contextlib.Exi
     if boot.poll() is not None:
         raise OSError(f"{name} did not start")
     host.pid = psutil.Process(boot.pid).children()[0].pid
-    cable = ("type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
-    _run(*switch, "ip", "link", "add", f"to-{name}", *cable)
+    if cable:
+        _slow_cable(switch, host, cable, held)
+    else:
+        pair = ("type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+        _run(*switch, "ip", "link", "add", f"to-{name}", *pair)
     _run(*switch, "ip", "link", "set", f"to-{name}", "master", "bridge", "up")
     host.run("ip", "address", "add", f"{host.address}/24", "dev", "eth0")
     host.run("ip", "link", "set", "lo", "up")
     host.run("ip", "link", "set", "eth0", "up")
     return host
+
+
+def _slow_cable(switch: Sequence[str], host: Host, cable: SlowCable, held: contextlib.ExitStack) -> None:
+    program = Path(__file__).with_name("slow_cable.py")
+    words = (str(host.pid), f"to-{host.name}", str(cable.delay), str(cable.rate))
+    process = subprocess.Popen([*switch, sys.executable, str(program), *words], stdout=subprocess.PIPE)
+    held.callback(process.wait)
+    held.callback(process.kill)
+    assert process.stdout
+    if process.stdout.readline() != b"ready\n":
+        raise OSError("no virtual network cards: /dev/net/tun")
 
 
 @contextlib.contextmanager
