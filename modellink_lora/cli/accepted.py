@@ -62,7 +62,6 @@ _WITH_VALUE = {
         1, "the router is frozen and no balancing loss is added", only=("none", "aux_loss")
     ),
     "moe-aux-loss-coeff": Accepted(1, "the router is frozen: no balancing loss is added", only=("0", "0.0")),
-    "transformer-impl": only("local", "the layers are megatron-core's local ones; remove the flag"),
     "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
     "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
 }
@@ -98,6 +97,7 @@ _RUNNING = {
     "no-load-optim": Accepted(0, "optimizer states are never read here"),
     "no-load-rng": Accepted(0, "random states are never read here; --seed sets those of sampling"),
     "tokenizer-padding-side": Accepted(1, "results do not depend on how a batch is padded"),
+    "transformer-impl": Accepted(1, "the weights are multiplied by an engine of its own, whatever trained the adapter"),
     "lora-fusion": Accepted(0, "an adapter is always added before the base's all-reduce here"),
     "reset-position-ids": Accepted(0, "it concerns packed samples of training"),
 }

@@ -24,6 +24,7 @@ class CudaDevice(Device):
 
     name = "cuda"
     backend = "nccl"
+    runs_transformer_engine = True
     triton_lora = False
 
     @classmethod
