@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.spawn import run
 from tests.helpers.te import MUTANTS, trace_of
 from tests.helpers.tiny import tiny_model
-from tests.helpers.training import TARGETS, hf_to_megatron, train_flags, write_corpus
+from tests.helpers.training import (
+    TARGETS,
+    adapter_tensors,
+    fine_tune_here,
+    hf_to_megatron,
+    losses,
+    train_flags,
+    write_corpus,
+)
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1-dp2": {},
@@ -113,3 +122,32 @@ def test_settings_of_a_run_hold_for_its_layers_too(settings: dict[str, Any], lay
     base = base_of(bases, "llama")
     found = trace(base, "transformer_engine", layout, **settings)
     assert_same(found, trace(base, "local", layout, **settings))
+
+
+@pytest.mark.slow  # tests/unit/training/test_fused_adam.py is its short sibling
+def test_fused_adam_resumes_bit_for_bit_and_reads_what_pytorchs_adamw_left(bases: Path, tmp_path: Path) -> None:
+    base = base_of(bases, "llama")
+
+    def tune(save: str, iterations: int, *, double: bool, resume: str | None = None) -> list[float]:
+        run(
+            fine_tune_here,
+            world_size=2,
+            double=double,
+            train=train_flags(
+                load=str(base), save=str(tmp_path / save), train_iters=iterations, global_batch_size=2,
+                lora_load=str(tmp_path / resume) if resume else None,
+            ),
+            data={"data_path": (str(bases / "data"),), "seq_length": 32},
+            parallel=LAYOUTS["tp2-sp"],
+            lora={} if resume else {"r": 3, "alpha": 6.0, "target_modules": TARGETS},
+        )  # fmt: skip
+        return losses(tmp_path / save)
+
+    whole = tune("whole", 6, double=True)
+    tune("half", 3, double=True)
+    assert tune("rest", 6, double=True, resume="half") == whole[3:]
+    exact, rest = adapter_tensors(tmp_path / "whole"), adapter_tensors(tmp_path / "rest")
+    assert all(torch.equal(rest[name], exact[name]) for name in exact)
+    tune("pytorch", 3, double=False)
+    assert tune("after pytorch", 6, double=True, resume="pytorch") == pytest.approx(whole[3:], rel=1e-5)
+    assert tune("back", 6, double=False, resume="half") == pytest.approx(whole[3:], rel=1e-5)
