@@ -40,6 +40,11 @@ _SWITCHES = {
     "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",
     "exit-on-missing-checkpoint": "a --load or --lora-load that holds no checkpoint always ends the run",
 }
+_NO_GRAPHS = (
+    "steps are not replayed from CUDA graphs: dropout masks and lengths follow each sample, which a captured step "
+    "would not see, and no replay was ever compared with a step on a device; remove the flag"
+)
+
 _WITH_VALUE = {
     "tokenizer-model": Accepted(1, "the tokenizer is read from --tokenizer-name-or-path"),
     "num-workers": Accepted(1, "batches are assembled in the training process; only loading speed differs"),
@@ -63,12 +68,16 @@ _WITH_VALUE = {
     ),
     "moe-aux-loss-coeff": Accepted(1, "the router is frozen: no balancing loss is added", only=("0", "0.0")),
     "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
+    "cuda-graph-impl": only("none", _NO_GRAPHS),
     "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
 }
 
 ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
 
 REFUSED: dict[str, str] = {
+    "enable-cuda-graph": _NO_GRAPHS,
+    "external-cuda-graph": _NO_GRAPHS,
+    "cuda-graph-scope": _NO_GRAPHS,
     "reset-position-ids": (
         "training on packed samples with positions that restart is not available; preprocess without --pack and use "
         "--variable-seq-lengths"

@@ -182,8 +182,8 @@ class TrainConfig:
             raise UserError(f"{given}: of the fused path only; give --lora-fusion as well, or leave it out")
         if self.lora_fusion and self.transformer_impl == "transformer_engine":
             raise UserError(
-                "--lora-fusion with --transformer-impl transformer_engine: the fused path multiplies the frozen weights "
-                "itself, Transformer Engine's linears do so out of its reach; leave one of the two out"
+                "--lora-fusion with --transformer-impl transformer_engine: the fused path multiplies the frozen "
+                "weights itself, Transformer Engine's linears do so out of its reach; leave one of the two out"
             )
         if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):
             raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")

@@ -18,9 +18,9 @@ from modellink_lora.device import Device
 from modellink_lora.models.dropout import Dropout
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
+from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.rope import inverse_frequencies
 from modellink_lora.models.shapes import full_shape
-from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.spec import block_spec, local_parts, norm_spec
 from modellink_lora.models.te_spec import te_parts
 from modellink_lora.parallel.context import ParallelContext

@@ -1,4 +1,4 @@
-"""The layer of our GPT: megatron-core's parallel linears, or Transformer Engine's, with our own attention. [s, b, h] throughout.
+"""The layer of our GPT: parallel linears of megatron-core or Transformer Engine with our own attention. [s, b, h].
 
 Letters: s sequence, b batch, h hidden, n query heads, g query groups, d head dim; all per tensor-parallel rank.
 """

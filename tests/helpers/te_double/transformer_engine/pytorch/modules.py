@@ -1,4 +1,4 @@
-"""Linear, LayerNormLinear, LayerNorm and RMSNorm with the arguments, attributes, returns and roundings of the real ones.
+"""Linear, LayerNormLinear, LayerNorm and RMSNorm: arguments, attributes, returns and roundings of the real ones.
 
 What the double keeps to, of Transformer Engine 2.x:
 * `tp_group`, `parallel_mode`, and `sequence_parallel`, which is true only with several tensor ranks, are attributes.
@@ -112,7 +112,8 @@ class _Base(torch.nn.Module):
 class Linear(_Base):
     def __init__(
         self, in_features: int, out_features: int, sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1, get_rng_state_tracker: Any = None,
+        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
         rng_tracker_name: str | None = None, init_method: Any = None, bias: bool = True, return_bias: bool = False,
         params_dtype: Any = None, parallel_mode: str | None = None, device: Any = "cuda",
     ) -> None:  # fmt: skip
@@ -131,7 +132,8 @@ class Linear(_Base):
 class LayerNormLinear(_Base):
     def __init__(
         self, in_features: int, out_features: int, eps: float = 1e-5, sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1, get_rng_state_tracker: Any = None,
+        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
         init_method: Any = None, bias: bool = True, normalization: str = "LayerNorm", return_bias: bool = False,
         params_dtype: Any = None, parallel_mode: str | None = None, return_layernorm_output: bool = False,
         return_layernorm_output_gathered: bool = False, zero_centered_gamma: bool = False, device: Any = "cuda",
