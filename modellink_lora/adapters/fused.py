@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from modellink_lora.adapters.fused_functions import ColumnBordered, RowBordered, Unbordered
-from modellink_lora.adapters.lora import LoraLinear
+from modellink_lora.adapters.lora import LoraLinear, NormedLoraLinear, norms_its_input
 from modellink_lora.device import Device
 from modellink_lora.device.lora_ops import Mask
 from modellink_lora.models.recompute import recipe_of
@@ -100,6 +100,8 @@ def make_layer(base: Any, fusion: Fusion | None, **settings: Any) -> LoraLinear:
     Args:
         settings: lora_A, lora_B, scaling, dropout.
     """
+    if norms_its_input(base):
+        return NormedLoraLinear(base, **settings)
     if fusion is None or obstacle(base):
         return LoraLinear(base, **settings)
     decision = decide(

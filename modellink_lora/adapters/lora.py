@@ -15,11 +15,12 @@ Only r-wide tensors are communicated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
-    RowParallelLinear,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import (
@@ -37,7 +38,7 @@ class LoraLinear(torch.nn.Module):
     """A frozen parallel linear `base_layer` with trained `lora_A` and `lora_B`; output as the base's, plus the adapter.
 
     Args:
-        base: the linear to adapt; its parameters are not changed here.
+        base: the linear to adapt, of megatron-core or Transformer Engine; its parameters are not changed here.
         lora_A, lora_B: this rank's shards, in the adapter's dtype.
         scaling: alpha / r.
         dropout: on the adapter's input.
@@ -45,7 +46,7 @@ class LoraLinear(torch.nn.Module):
 
     def __init__(
         self,
-        base: ColumnParallelLinear | RowParallelLinear,
+        base: Any,
         *,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -54,7 +55,7 @@ class LoraLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer = base
-        self.is_column = isinstance(base, ColumnParallelLinear)
+        self.is_column = _is_column(base)
         self.sequence_parallel = bool(base.sequence_parallel)
         self.tp_group = base.tp_group
         self.scaling, self.enabled = scaling, True
@@ -88,3 +89,33 @@ class LoraLinear(torch.nn.Module):
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=group)
         return F.linear(low * self.scaling, self.lora_B)  # [s(/t), b, o(/t)]
+
+
+class NormedLoraLinear(LoraLinear):
+    """LoraLinear on a linear that norms its input itself, as Transformer Engine's do; the adapter reads what it normed.
+
+    The base is asked to give that back beside its output. Under SP it gives this rank's tokens, as `delta` wants them:
+    r columns are gathered instead of the whole input, and the base reduces its own input gradient before ours is added.
+    """
+
+    def __init__(self, base: Any, **settings: Any) -> None:
+        super().__init__(base, **settings)
+        base.return_layernorm_output, base.return_layernorm_output_gathered = True, False
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """[s(/t), b, i] before the norm -> the base's (output, bias)"""
+        output, bias, *normed = self.base_layer(x, *args, **kwargs)
+        if not normed:  # megatron-core's wrapper: ((output, normed), None) where no bias stands apart
+            output, *normed = output
+        if not self.enabled:
+            return output, bias
+        return output + self.delta(normed[0]).to(output.dtype), bias
+
+
+def _is_column(linear: Any) -> bool:
+    mode = getattr(linear, "parallel_mode", None)  # Transformer Engine's word for it
+    return mode == "column" if mode else isinstance(linear, ColumnParallelLinear)
+
+
+def norms_its_input(linear: Any) -> bool:
+    return hasattr(linear, "layer_norm_weight")

@@ -37,8 +37,19 @@ _TIED_HEAD = ("word_embeddings_for_head", "weight")  # the last stage's copy of 
 _GATE, _GATE_PARAMETER = ".mlp.shared_expert_gate.weight", ".mlp.shared_experts.gate_weight"
 
 
+# Transformer Engine's linears behind a norm hold that norm; in files it stands before them, as in the local layers.
+_NORM_INSIDE = {
+    f".{linear}.layer_norm_{leaf}": f".{norm}.{leaf}"
+    for linear, norm in (("self_attention.linear_qkv", "input_layernorm"), ("mlp.linear_fc1", "pre_mlp_layernorm"))
+    for leaf in ("weight", "bias")
+}
+
+
 def from_module(name: str) -> str:
     """The name in files, and everywhere here, of a parameter of megatron-core's modules."""
+    for inside, before in _NORM_INSIDE.items():
+        if name.endswith(inside):
+            return name.removesuffix(inside) + before
     return name.replace(_GATE_PARAMETER, _GATE)
 
 

@@ -40,6 +40,11 @@ _SWITCHES = {
     "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",
     "exit-on-missing-checkpoint": "a --load or --lora-load that holds no checkpoint always ends the run",
 }
+_NO_GRAPHS = (
+    "steps are not replayed from CUDA graphs: dropout masks and lengths follow each sample, which a captured step "
+    "would not see, and no replay was ever compared with a step on a device; remove the flag"
+)
+
 _WITH_VALUE = {
     "tokenizer-model": Accepted(1, "the tokenizer is read from --tokenizer-name-or-path"),
     "num-workers": Accepted(1, "batches are assembled in the training process; only loading speed differs"),
@@ -62,14 +67,17 @@ _WITH_VALUE = {
         1, "the router is frozen and no balancing loss is added", only=("none", "aux_loss")
     ),
     "moe-aux-loss-coeff": Accepted(1, "the router is frozen: no balancing loss is added", only=("0", "0.0")),
-    "transformer-impl": only("local", "the layers are megatron-core's local ones; remove the flag"),
     "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
+    "cuda-graph-impl": only("none", _NO_GRAPHS),
     "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
 }
 
 ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
 
 REFUSED: dict[str, str] = {
+    "enable-cuda-graph": _NO_GRAPHS,
+    "external-cuda-graph": _NO_GRAPHS,
+    "cuda-graph-scope": _NO_GRAPHS,
     "reset-position-ids": (
         "training on packed samples with positions that restart is not available; preprocess without --pack and use "
         "--variable-seq-lengths"
@@ -98,6 +106,7 @@ _RUNNING = {
     "no-load-optim": Accepted(0, "optimizer states are never read here"),
     "no-load-rng": Accepted(0, "random states are never read here; --seed sets those of sampling"),
     "tokenizer-padding-side": Accepted(1, "results do not depend on how a batch is padded"),
+    "transformer-impl": Accepted(1, "the weights are multiplied by an engine of its own, whatever trained the adapter"),
     "lora-fusion": Accepted(0, "an adapter is always added before the base's all-reduce here"),
     "reset-position-ids": Accepted(0, "it concerns packed samples of training"),
 }

@@ -95,6 +95,10 @@ class TrainConfig:
     recompute_granularity: str | None = flag(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = flag(None, "which layers a full recompute takes", choices=("uniform", "block"))
     recompute_num_layers: int | None = flag(None, "layers per checkpoint (uniform) or checkpointed layers (block)")
+    transformer_impl: str = flag(
+        "local", "layers of megatron-core's own linears, or of Transformer Engine's (CUDA, 16 bits)",
+        choices=("local", "transformer_engine"),
+    )  # fmt: skip
     lora_fusion: bool = flag(False, "CCLoRA: the adapter rides in the base's own collectives and matrix products")
     lora_fusion_level: str = flag(
         "auto", "L0 no wider buffers, L1 wider activations, L2 wider weights too; auto decides for each linear",
@@ -176,6 +180,11 @@ class TrainConfig:
         if not self.lora_fusion and any(fusion.values()):
             given = ", ".join(name for name, is_given in fusion.items() if is_given)
             raise UserError(f"{given}: of the fused path only; give --lora-fusion as well, or leave it out")
+        if self.lora_fusion and self.transformer_impl == "transformer_engine":
+            raise UserError(
+                "--lora-fusion with --transformer-impl transformer_engine: the fused path multiplies the frozen "
+                "weights itself, Transformer Engine's linears do so out of its reach; leave one of the two out"
+            )
         if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):
             raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
         if self.recompute_granularity != "full" and self.recompute_method is not None:

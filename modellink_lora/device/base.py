@@ -25,6 +25,7 @@ class Device(abc.ABC):
     backend: str  # torch.distributed backend
     widest_float = torch.float64  # that its collectives add up
     lora_ops = LoraOps()  # the r-wide operations of a LoRA linear
+    runs_transformer_engine: bool = False  # whether its kernels are made for this device
     fused_collectives: bool = False  # whether a job wants gather_matmul and matmul_scatter
 
     @classmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.backends import cuda as backends
 from torch.distributed import ProcessGroup
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import symmetric_memory
+from modellink_lora.device.apex_norm import Norm, apex_rms_norm
 from modellink_lora.device.base import Device
 from modellink_lora.device.lora_ops import LoraOps
 from modellink_lora.device.lora_triton import TritonLoraOps
@@ -24,7 +28,10 @@ class CudaDevice(Device):
 
     name = "cuda"
     backend = "nccl"
+    runs_transformer_engine = True
     triton_lora = False
+    fused_norm: Norm | None = None  # chosen by `activate`
+    norm_kernel = "PyTorch"
 
     @classmethod
     def available(cls) -> bool:
@@ -43,7 +50,9 @@ class CudaDevice(Device):
                 f"process {local_rank} of this host has no GPU: {count} visible; start at most {count} a host"
             )
         torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        here = torch.device("cuda", local_rank)
+        self.fused_norm, self.norm_kernel = apex_rms_norm(here)
+        return here
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -74,6 +83,24 @@ class CudaDevice(Device):
             return None  # TensorFloat-32 has another peak
         return cuda_peak(torch.cuda.get_device_name(), dtype)
 
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, where: Tensor | None = None, **shaping: Any
+    ) -> Tensor:  # fmt: skip
+        """As Device.attention. Keys and values are repeated for their queries where no fused kernel shares them.
+
+        Shared, they would be computed by PyTorch's unfused kernel there, which keeps [s, l] scores of every head. The
+        kernels that share are flash, for 16 bits and without a mask, and cuDNN's.
+        """
+        repeat = q.shape[1] // k.shape[1]
+        if repeat > 1 and not (where is None and shares_keys(q, k, v, causal=causal)):
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return super().attention(q, k, v, causal=causal, where=where, **shaping)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
+        if self.fused_norm is None or one_more:
+            return super().rms_norm(x, weight, eps, one_more=one_more)
+        return self.fused_norm(x, weight, eps)
+
     @property
     def lora_ops(self) -> LoraOps:  # type: ignore[override]
         return TritonLoraOps() if self.triton_lora else Device.lora_ops
@@ -85,4 +112,23 @@ class CudaDevice(Device):
         return symmetric_memory.matmul_scatter(x, weight, group) if self.fused_collectives else None
 
     def describe(self) -> str:
-        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL, torch {torch.__version__}"
+        return (
+            f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, NCCL, torch {torch.__version__}, "
+            f"attention by {attention_kernels()}, norm by {self.norm_kernel}"
+        )
+
+
+def attention_kernels() -> str:
+    """The fused kernels that PyTorch may choose from, and the unfused one where it has to."""
+    enabled = {
+        "cuDNN": backends.cudnn_sdp_enabled(),
+        "flash": backends.flash_sdp_enabled(),
+        "memory-efficient": backends.mem_efficient_sdp_enabled(),
+    }
+    return " or ".join(name for name, is_on in enabled.items() if is_on) or "unfused operations"
+
+
+def shares_keys(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> bool:
+    """Whether a fused kernel takes fewer heads of keys and values than of queries, by PyTorch's own answer."""
+    params = backends.SDPAParams(q, k, v, None, 0.0, causal, True)
+    return backends.can_use_flash_attention(params) or backends.can_use_cudnn_attention(params)

@@ -18,9 +18,11 @@ from modellink_lora.device import Device
 from modellink_lora.models.dropout import Dropout
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
+from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.rope import inverse_frequencies
 from modellink_lora.models.shapes import full_shape
-from modellink_lora.models.spec import block_spec, norm_spec
+from modellink_lora.models.spec import block_spec, local_parts, norm_spec
+from modellink_lora.models.te_spec import te_parts
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.parallel.random import normal
@@ -91,6 +93,7 @@ def transformer_config(
         kv_channels=config.kv_channels,
         normalization=config.normalization,
         layernorm_epsilon=config.norm_epsilon,
+        layernorm_zero_centered_gamma=config.add_rmsnorm_offset,  # of Transformer Engine's norms; ours are told apart
         gated_linear_unit=config.gated,
         activation_func=F.silu if config.swiglu else F.gelu,
         use_te_activation_func=True,  # that is, the spec's own activation (models/spec.py): gate and product in one
@@ -141,14 +144,19 @@ def build_chunks(
     *,
     dtype: str,
     overrides: Mapping[str, Any] | None = None,
+    transformer_impl: str = "local",
 ) -> list[GPT]:
     """The chunks of this rank's stage, with memory allocated and nothing in it; `fill` puts the weights there.
 
     Args:
         overrides: fields of megatron-core's TransformerConfig, such as recompute settings.
+        transformer_impl: "local" or "transformer_engine".
     """
     megatron = transformer_config(config, context, partition, dtype, overrides or {})
-    return [_build_chunk(config, megatron, context, partition, device, chunk) for chunk in range(partition.chunks)]
+    parts = te_parts() if transformer_impl == "transformer_engine" else local_parts(config, device)
+    return [
+        _build_chunk(config, megatron, context, partition, device, chunk, parts) for chunk in range(partition.chunks)
+    ]
 
 
 def _build_chunk(
@@ -158,11 +166,12 @@ def _build_chunk(
     partition: Partition,
     device: Device,
     chunk: int,
+    parts: LayerParts,
 ) -> GPT:
     rope = config.position_embedding_type == "rope"
     model = GPT(
         megatron,
-        block_spec(megatron, config, device, len(partition.layers(context.pp_rank, chunk)), context.tp_rank),
+        block_spec(megatron, config, device, len(partition.layers(context.pp_rank, chunk)), context.tp_rank, parts),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_position_embeddings,
         pre_process=context.is_first_stage and chunk == 0,

@@ -1,4 +1,4 @@
-"""The layer of our GPT: megatron-core's parallel linears with our own norm and attention. [s, b, h] throughout.
+"""The layer of our GPT: parallel linears of megatron-core or Transformer Engine with our own attention. [s, b, h].
 
 Letters: s sequence, b batch, h hidden, n query heads, g query groups, d head dim; all per tensor-parallel rank.
 """
@@ -30,6 +30,7 @@ from modellink_lora.device import Device
 from modellink_lora.device.base import softmax_attention
 from modellink_lora.models import alibi
 from modellink_lora.models.dropout import Dropout, ResidualAdd
+from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.recompute import remember
 
 
@@ -189,16 +190,21 @@ class Router(TopKRouter):
         return F.linear(input, self.weight)
 
 
-def mlp_spec(model: ModelConfig, device: Device) -> ModuleSpec:
+def local_parts(model: ModelConfig, device: Device) -> LayerParts:
+    """megatron-core's own linears and our norm."""
+    return LayerParts(norm=norm_spec(model, device), column=ColumnParallelLinear, row=RowParallelLinear)
+
+
+def mlp_spec(model: ModelConfig, device: Device, chosen: LayerParts) -> ModuleSpec:
     """The MLP of a layer, or the mixture of experts in its place, each expert such an MLP.
 
     megatron-core's mixture loops over the experts that a process has, drops no token and keeps no statistics.
     """
     gelu = ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
     parts = MLPSubmodules(
-        linear_fc1=ColumnParallelLinear,
+        linear_fc1=chosen.column,
         activation_func=ModuleSpec(module=Swiglu, params={"device": device}) if model.swiglu else gelu,
-        linear_fc2=RowParallelLinear,
+        linear_fc2=chosen.row,
     )
     if not model.num_experts:
         return ModuleSpec(module=MLP, submodules=parts)
@@ -208,35 +214,35 @@ def mlp_spec(model: ModelConfig, device: Device) -> ModuleSpec:
 
 
 def block_spec(
-    config: TransformerConfig, model: ModelConfig, device: Device, layers: int, tp_rank: int
+    config: TransformerConfig, model: ModelConfig, device: Device, layers: int, tp_rank: int, parts: LayerParts
 ) -> TransformerBlockSubmodules:
-    """`layers` decoder layers and the final norm."""
+    """`layers` decoder layers made of `parts`, and the final norm."""
     cut = "positions" if config.sequence_parallel else None
     residual = ModuleSpec(
         module=ResidualAdd,
         params={"p": config.hidden_dropout, "rank": tp_rank, "cut": cut, "scale": model.residual_scale},
     )
-    norm = norm_spec(model, device)
+    norm = parts.norm
     head_norm = norm if config.qk_layernorm else None
     layer = ModuleSpec(
         module=SandwichLayer if model.post_norm else TransformerLayer,
         params={"norm": norm} if model.post_norm else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=parts.norm_before,
             self_attention=ModuleSpec(
                 module=Attention,
                 params={"attn_mask_type": AttnMaskType.causal, "dense_bias": model.add_dense_bias},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=parts.column,
                     core_attention=functools.partial(CausalAttention, device=device, tp_rank=tp_rank, model=model),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=parts.row,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=residual,
-            pre_mlp_layernorm=norm,
-            mlp=mlp_spec(model, device),
+            pre_mlp_layernorm=parts.norm_before,
+            mlp=mlp_spec(model, device, parts),
             mlp_bda=residual,
         ),
     )

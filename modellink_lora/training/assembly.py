@@ -91,6 +91,7 @@ def assemble(inputs: Inputs, train: TrainConfig, context: ParallelContext, devic
     setup = set_up(
         inputs.base, inputs.lora, inputs.adapter, context, device, dtype=train.dtype, seed=train.seed,
         overrides=_overrides(train, inputs.data, context), fusion=_fusion(train, inputs.data, context, device),
+        transformer_impl=train.transformer_impl,
     )  # fmt: skip
     chunks = wrap_data_parallel(train, setup.chunks)
     optimizer = make_optimizer(train, chunks)

@@ -135,7 +135,7 @@ class Guards:
                 yield self._global(name, number), parameter
 
     def _global(self, name: str, chunk: int) -> str:
-        return from_module(self._partition.to_global(name, self._context.pp_rank, chunk)).replace(".base_layer", "")
+        return from_module(self._partition.to_global(name, self._context.pp_rank, chunk).replace(".base_layer", ""))
 
     def _first_not_finite(self, forward_again: Callable[[], None]) -> str:
         """Run the step's forward pass once more and watch every module; the earliest finding of all processes."""

@@ -199,6 +199,9 @@ def load_state_tensors(
 ) -> None:
     """The inverse of `state_tensors`; `steps` is the number of updates taken, which AdamW's bias correction needs."""
     inner = _inner(optimizer)
+    # PyTorch's AdamW counts steps for each parameter. Transformer Engine's and apex's FusedAdam, one of which
+    # megatron-core takes where it is installed, do so for each group, and know no "step" in a parameter's state.
+    counts_each = isinstance(inner, torch.optim.AdamW)
     with torch.no_grad():
         for name, parameter in parameters.items():
             master = read(name, "master").to(parameter.device)
@@ -210,9 +213,9 @@ def load_state_tensors(
             moments = {
                 kind: held.cut(read(name, kind).to(parameter.device, torch.float32)).clone() for kind in STATE[1:]
             }
-            inner.state[held.main] = {**moments, "step": torch.tensor(float(steps))}
-    for group in inner.param_groups:
-        if "step" in group:  # fused AdamW of Transformer Engine and Apex counts per group
+            inner.state[held.main] = {**moments, "step": torch.tensor(float(steps))} if counts_each else moments
+    if not counts_each:
+        for group in inner.param_groups:  # where it counts from its first step on, and finds no count before
             group["step"] = steps
 
 

@@ -22,6 +22,7 @@ from modellink_lora.config.parallel import ParallelConfig, parse_layer_list
 from modellink_lora.device import Device
 from modellink_lora.models.build import DTYPES, GPT, build_chunks, fill
 from modellink_lora.models.dropout import name_sites
+from modellink_lora.models.te_spec import check_transformer_engine
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.training.base import Base
@@ -89,15 +90,20 @@ def set_up(
     seed: int,
     overrides: Mapping[str, Any],
     fusion: Fusion | None = None,
+    transformer_impl: str = "local",
 ) -> Setup:
     """Build, fill, freeze and adapt this rank's part of the model.
 
     Args:
         overrides: fields of megatron-core's TransformerConfig.
         fusion: of the adapters; None for the plain path.
+        transformer_impl: "local" or "transformer_engine".
     Raises:
-        UserError: the layout does not fit the model, the adapter belongs to another base, the device lacks the dtype.
+        UserError: the layout does not fit the model, the adapter belongs to another base, the device lacks the dtype,
+            or the implementation cannot run this model here.
     """
+    if transformer_impl == "transformer_engine":
+        check_transformer_engine(base.config, device, dtype)
     if not device.supports(DTYPES[dtype]):
         raise UserError(f"{device.describe()} has no {dtype}: choose another of --fp16, --bf16 or neither")
     partition = partition_of(context.config, base.config.num_layers)
@@ -110,7 +116,9 @@ def set_up(
         notes += adapter.notes
         notes += check_base(adapter, base, fingerprint[0])
         check_shapes(adapter, linears)
-    chunks = build_chunks(base.config, context, partition, device, dtype=dtype, overrides=overrides)
+    chunks = build_chunks(
+        base.config, context, partition, device, dtype=dtype, overrides=overrides, transformer_impl=transformer_impl
+    )
     layers: dict[str, LoraLinear] = {}
     for chunk, model in enumerate(chunks):
         fill(model, base.weights, base.family, context, partition, chunk)

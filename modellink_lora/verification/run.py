@@ -216,5 +216,5 @@ def undecorated(train: TrainConfig) -> TrainConfig:
         train, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
         recompute_granularity=None, recompute_method=None, recompute_num_layers=None,
         lora_fusion=False, lora_fusion_level="auto", lora_fusion_chunks="auto", recompute_lora_inputs=True,
-        use_mc2=False, use_symmetric_memory=False,
+        use_mc2=False, use_symmetric_memory=False, transformer_impl="local",
     )  # fmt: skip

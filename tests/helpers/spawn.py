@@ -11,9 +11,11 @@ import gc
 import itertools
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,19 @@ TIMEOUT_SECONDS = 300
 # Models under data or pipeline parallelism are not let go (a cycle through autograd's nodes), nor are their groups, of
 # which each has three threads that poll; enough of them slow the whole machine down, and new processes cost seconds.
 MOST_THREADS = 150
-_pools: dict[int, Pool] = {}
+DOUBLE = str(Path(__file__).parent / "te_double")  # a stand-in for Transformer Engine, see its README
+_pools: dict[tuple[int, bool], Pool] = {}
 
 
 class Pool:
-    """`size` processes that form one gloo process group."""
+    """`size` processes that form one gloo process group.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        double: they find a double of Transformer Engine, which other processes here do not.
+    """
+
+    def __init__(self, size: int, *, double: bool = False) -> None:
+        self._key = (size, double)
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = Path(self._folder.name) / "rendezvous"
         context = multiprocessing.get_context("spawn")
@@ -40,7 +48,8 @@ class Pool:
         for rank in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, str(rendezvous), theirs), daemon=True)
-            process.start()
+            with _on_path(DOUBLE if double else None):  # which a process inherits
+                process.start()
             theirs.close()
             self._connections.append(mine)
             self._processes.append(process)
@@ -67,18 +76,31 @@ class Pool:
         return [answers[rank][1] for rank in range(len(answers))]
 
     def close(self) -> None:
-        _pools.pop(len(self._processes), None)
+        _pools.pop(self._key, None)
         for process in self._processes:
             process.kill()
             process.join()
         self._folder.cleanup()
 
 
-def run(function: Callable[..., Any], *, world_size: int, **arguments: Any) -> list[Any]:
+def run(function: Callable[..., Any], *, world_size: int, double: bool = False, **arguments: Any) -> list[Any]:
     """Call `function(**arguments)` on every rank; an exception on any rank fails here with its traceback."""
-    if world_size not in _pools:  # those of other sizes stay: idle they hold 0.3 GB a process, and no group
-        _pools[world_size] = Pool(world_size)
-    return _pools[world_size].run(function, arguments)
+    key = (world_size, double)
+    if key not in _pools:  # those of other sizes stay: idle they hold 0.3 GB a process, and no group
+        _pools[key] = Pool(world_size, double=double)
+    return _pools[key].run(function, arguments)
+
+
+@contextmanager
+def _on_path(folder: str | None) -> Iterator[None]:
+    if folder is None:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 @atexit.register
