@@ -105,7 +105,7 @@ def _kind(config: DoctorConfig, launch: Launch) -> tuple[str, list[Finding]]:
     try:
         return get_device(wanted).name, []
     except UserError as error:
-        return get_device("auto").name, [Finding("device", wanted, str(error), "problem", "see there")]
+        return get_device("auto").name, [Finding("device", wanted, str(error), "problem", "as it says")]
 
 
 def _local(

@@ -17,7 +17,7 @@ from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.data.corpus import InstructionCorpus
 from modellink_lora.diagnosis.finding import Finding
-from modellink_lora.diagnosis.host import gib
+from modellink_lora.diagnosis.host import amount
 from modellink_lora.models.families import family_of
 from modellink_lora.models.presets import PRESETS, preset
 from modellink_lora.parallel.partition import Partition
@@ -97,10 +97,8 @@ class _Examination:
                   f"{' with sequence parallel' if cut > 1 else ''} x PP {partition.stages} x DP {replicas}; "
                   f"{samples} samples a step, {train.dtype}")  # fmt: skip
         if data.seq_length > config.max_position_embeddings:
-            positions = config.max_position_embeddings
-            self._say(
-                "--seq-length", f"{data.seq_length} exceeds the model's {positions} positions", problem="lower it"
-            )
+            longest = config.max_position_embeddings
+            self._say("--seq-length", f"{data.seq_length} exceeds the model's {longest} positions", problem="lower it")
 
         def stages(train: TrainConfig) -> list[dict[str, int]]:
             plan = plan_of(
@@ -182,12 +180,12 @@ class _Examination:
     ) -> None:
         memory = stages(train)
         for stage, parts in enumerate(memory):
-            detail = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "total" and size)
+            detail = ", ".join(f"{name} {amount(size)}" for name, size in parts.items() if name != "total" and size)
             self._say(f"memory of a rank, stage {stage}" if len(memory) > 1 else "memory of a rank",
-                      f"{gib(parts['total'])} of tensors at the longest samples: {detail}")  # fmt: skip
+                      f"{amount(parts['total'])} of tensors at the longest samples: {detail}")  # fmt: skip
         sharing = self.run.per_host if self.here.kind == "cpu" else 1  # processes in one memory
         free, needed = self.here.free, sharing * max(parts["total"] for parts in memory)
-        text = f"{gib(needed)} needed, {gib(free)} free" + (f" for {sharing} processes" if sharing > 1 else "")
+        text = f"{amount(needed)} needed, {amount(free)} free" + (f" for {sharing} processes" if sharing > 1 else "")
         if beyond := config.beyond_llama():
             text += f"; {', '.join(beyond)} is not in this estimate, which knows Llama's layers"
         if needed <= _ROOM * free:
@@ -207,14 +205,14 @@ class _Examination:
         for words, changes in tries:
             needed = max(parts["total"] for parts in stages(dataclasses.replace(train, **changes)))
             if needed <= room:
-                return f"{words} would need {gib(needed)} a rank"
+                return f"{words} would need {amount(needed)} a rank"
         return "raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or lower --seq-length"
 
     def _tried(self, what: str, function: Callable[[], _T]) -> _T | None:
         try:
             return function()
         except UserError as error:
-            self._say(what, str(error), problem=self._variables(what, str(error)) or "see there")
+            self._say(what, str(error), problem=self._variables(what, str(error)) or "as it says")
             return None
 
     def _say(self, what: str, found: str, *, warning: str = "", problem: str = "") -> None:

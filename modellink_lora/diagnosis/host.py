@@ -43,7 +43,7 @@ def memory_findings(kind: str, indices: Iterable[int]) -> list[Finding]:
         free, total = facts.memory(kind, index)
         taken = free < _MOSTLY * total
         result.append(Finding(
-            "device", f"memory of {kind} {index}", f"{gib(free)} free of {gib(total)}, {facts.name(kind, index)}",
+            "device", f"memory of {kind} {index}", f"{amount(free)} free of {amount(total)}, {facts.name(kind, index)}",
             "warning" if taken else "ok",
             "other programs hold the rest: end them, or take another device" if taken else "",
         ))  # fmt: skip
@@ -96,16 +96,16 @@ def address_of(interface: str | None) -> str:
         return "127.0.0.1"
 
 
-def gib(size: float) -> str:
-    return f"{size / _GIB:,.1f} GiB"
+def amount(size: float) -> str:
+    return f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
     limit = _limit()
-    text = f"{gib(memory.available)} free of {gib(memory.total)}"
+    text = f"{amount(memory.available)} free of {amount(memory.total)}"
     if limit is not None and limit < memory.total:
-        text += f"; this container may take {gib(limit)}"
+        text += f"; this container may take {amount(limit)}"
     short = min(memory.available, limit or memory.available) < 2 * _GIB
     return Finding(TOPIC, "memory", text, "warning" if short else "ok",
                    "a process takes 1 GiB before it loads anything: end other programs" if short else "")  # fmt: skip
@@ -127,7 +127,7 @@ def _shared() -> list[Finding]:
     usage = shutil.disk_usage(_SHARED)
     short = usage.free < _LITTLE_SHARED
     advice = "NCCL and data loaders need it: docker run --shm-size 8g, or --ipc host" if short else ""
-    return [Finding(TOPIC, "shared memory", f"{gib(usage.free)} free of {gib(usage.total)} in {_SHARED}",
+    return [Finding(TOPIC, "shared memory", f"{amount(usage.free)} free of {amount(usage.total)} in {_SHARED}",
                     "warning" if short else "ok", advice)]  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _disk(what: str, folder: Path) -> Finding:
         return Finding(TOPIC, what, f"{above}: {error.strerror}", "problem", "choose another folder")
     writable = os.access(above, os.W_OK)
     level: Level = "problem" if free < _NO_DISK or not writable else "warning" if free < _LITTLE_DISK else "ok"
-    text = f"{gib(free)} free in {folder}" + ("" if folder == above else " (not there yet)")
+    text = f"{amount(free)} free in {folder}" + ("" if folder == above else " (not there yet)")
     if not writable:
         return Finding(TOPIC, what, f"{text}, which this user cannot write", level, "choose another folder")
     return Finding(TOPIC, what, text, level, "" if level == "ok" else "free some, or choose another folder")
