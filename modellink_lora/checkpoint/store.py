@@ -164,6 +164,24 @@ def writing(root: Path, *, flag: str, tell: Callable[[str], None]) -> Iterator[N
                 root.rmdir()
 
 
+def writer_of(root: Path) -> str | None:
+    """Who holds `root` now, in words; None if nobody does. Not for a process that holds it: closing drops the lock."""
+    claim = root / CLAIM
+    if claim.is_file():
+        return _holder(claim.read_bytes())
+    try:
+        descriptor = os.open(root / LOCK, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return _holder(os.read(descriptor, 300)) if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _acquire(root: Path, flag: str, tell: Callable[[str], None]) -> tuple[Path, int]:
     """The file that is held, and its descriptor.
 
@@ -215,8 +233,12 @@ def _signature() -> bytes:
 
 
 def _taken(root: Path, flag: str, holder: bytes) -> str:
-    host, pid, since = (holder.decode().split() + ["?"] * 3)[:3]
-    return f"{flag} {root} is being written by another job: process {pid} on host {host}, since {since}"
+    return f"{flag} {root} is being written by another job: {_holder(holder)}"
+
+
+def _holder(signature: bytes) -> str:
+    host, pid, since = (signature.decode().split() + ["?"] * 3)[:3]
+    return f"process {pid} on host {host}, since {since}"
 
 
 def _mend(root: Path) -> None:

@@ -14,6 +14,7 @@ from modellink_lora.config.errors import UserError
 
 JOBS = {
     "preprocess": "turn conversations into token files",
+    "doctor": "look at devices, versions, links and room here, and check a training script before it runs",
     "plan": "list the layouts of a model that fit on so many devices, and the command of the fastest",
     "train": "fine-tune with LoRA",
     "verify": "check gradients and layouts on your own model and devices",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,14 @@ class SftDataConfig:
             raise UserError("--seq-length is missing: give the longest sample length in tokens")
         if self.pad_to_multiple_of < 1:
             raise UserError(f"--pad-to-multiple-of {self.pad_to_multiple_of}: must be at least 1")
+
+    def pad_multiple(self, cut: int) -> int:
+        """Padded lengths are multiples of this: the flag's, and what `cut` ranks of sequence parallelism need."""
+        return math.lcm(self.pad_to_multiple_of if self.variable_seq_lengths else 1, cut)
+
+    def padded_length(self, cut: int) -> int:
+        """Length of the longest samples once they are padded for `cut` ranks of sequence parallelism."""
+        return -(-self.seq_length // self.pad_multiple(cut)) * self.pad_multiple(cut)
 
 
 @dataclass(frozen=True)

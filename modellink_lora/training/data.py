@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,14 +80,18 @@ class RunData:
 
     @property
     def pad_multiple(self) -> int:
-        """Padded lengths are multiples of this: the flag's, and what sequence parallelism needs to cut them evenly."""
-        wanted = self.config.pad_to_multiple_of if self.config.variable_seq_lengths else 1
-        return math.lcm(wanted, self.context.tp_size if self.context.sequence_parallel else 1)
+        """Padded lengths are multiples of this."""
+        return self.config.pad_multiple(self._cut)
 
     @property
     def padded_length(self) -> int:
         """Length of fixed-length samples."""
-        return -(-self.config.seq_length // self.pad_multiple) * self.pad_multiple
+        return self.config.padded_length(self._cut)
+
+    @property
+    def _cut(self) -> int:
+        """Parts that sequence parallelism cuts a sequence into."""
+        return self.context.tp_size if self.context.sequence_parallel else 1
 
     def stream(self, split: str, *, consumed_samples: int = 0) -> BatchStream:
         """Micro-batches of this replica from `consumed_samples` on; training takes as many epochs as it needs."""

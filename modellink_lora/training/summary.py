@@ -12,6 +12,7 @@ from modellink_lora.adapters.fused import FUSION_HEADER, FUSION_TITLE, fusion_ro
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear, trainable_table
 from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.train import TrainConfig
 from modellink_lora.device import Device
 from modellink_lora.parallel.context import ParallelContext
@@ -29,19 +30,35 @@ def memory_of(
     run_data: RunData, context: ParallelContext,
 ) -> list[dict[str, int]]:  # fmt: skip
     """Estimated bytes of a rank of each stage by what they hold, and their "total". Nothing need be allocated yet."""
-    plan = Plan(
-        model=base.config, partition=partition, tp=context.tp_size, dp=context.dp_size,
-        sequence_parallel=context.sequence_parallel, micro_batch_size=train.micro_batch_size,
-        length=run_data.padded_length, micro_batches=run_data.micro_batches, dtype=train.dtype,
+    plan = plan_of(
+        train, base.config, lora, partition, tp=context.tp_size, dp=context.dp_size,
+        sequence_parallel=context.sequence_parallel, length=run_data.padded_length,
+        micro_batches=run_data.micro_batches, device_type=context.device.type,
+    )  # fmt: skip
+    return [rank_memory(plan, linears, stage=stage) for stage in range(context.pp_size)]
+
+
+def plan_of(
+    train: TrainConfig, model: ModelConfig, lora: LoraConfig, partition: Partition, *, tp: int, dp: int,
+    sequence_parallel: bool, length: int, micro_batches: int, device_type: str,
+) -> Plan:  # fmt: skip
+    """What decides a run's memory.
+
+    Args:
+        length: padded, of the longest samples.
+        micro_batches: of one step on one replica.
+    """
+    return Plan(
+        model=model, partition=partition, tp=tp, dp=dp, sequence_parallel=sequence_parallel,
+        micro_batch_size=train.micro_batch_size, length=length, micro_batches=micro_batches, dtype=train.dtype,
         adapter_dtype=lora.dtype or train.dtype, lora_dropout=lora.dropout,
         recompute_granularity=train.recompute_granularity, recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers, distributed_optimizer=train.use_distributed_optimizer,
         lora_fusion=train.lora_fusion, lora_fusion_level=train.lora_fusion_level,
         lora_fusion_chunks=None if train.lora_fusion_chunks == "auto" else int(train.lora_fusion_chunks),
-        recompute_lora_inputs=train.recompute_lora_inputs, cpu=context.device.type == "cpu",
-        fused_collectives=train.fused_collectives(context.device.type),
+        recompute_lora_inputs=train.recompute_lora_inputs, cpu=device_type == "cpu",
+        fused_collectives=train.fused_collectives(device_type),
     )  # fmt: skip
-    return [rank_memory(plan, linears, stage=stage) for stage in range(context.pp_size)]
 
 
 def summary_rows(
