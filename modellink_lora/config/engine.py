@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
+from modellink_lora.config.npu import plain_operators_flag
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EngineConfig:
     fp16: bool = flag(False, "compute in fp16")
     seed: int = flag(1234, "of sampling: the same seed gives the same answers at every layout")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
+    npu_plain_operators: tuple[str, ...] = plain_operators_flag()
     distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
 
     def __post_init__(self) -> None:

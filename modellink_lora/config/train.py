@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import flag
+from modellink_lora.config.npu import plain_operators_flag
 
 DECAY_STYLES = ("linear", "cosine", "constant", "inverse-square-root")
 
@@ -125,6 +126,7 @@ class TrainConfig:
     use_symmetric_memory: bool = flag(
         False, "with --lora-fusion on CUDA: the same through PyTorch's symmetric memory, within one host"
     )
+    npu_plain_operators: tuple[str, ...] = plain_operators_flag()
     check_weight_hash_across_dp_replicas_interval: int = flag(
         100, "steps between comparisons of the bits that several processes hold; 0 compares at saves only"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,12 @@ class Device(abc.ABC):
 
     def supports(self, dtype: torch.dtype) -> bool:
         return True
+
+    def leave_out(self, operators: Sequence[str]) -> list[str]:
+        """Compute these fused operators with plain PyTorch from now on. Returns what is to be said about it."""
+        return [f"--npu-plain-operators has no effect here: it needs a device of kind npu, this is {self.name}"] * bool(
+            operators
+        )
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Most FLOP/s that one device can do in dense matrix multiplications of `dtype`; None if that is not known."""

@@ -2,8 +2,8 @@
 
 A function here takes the plain implementation of the same thing as `reference`. When an argument is outside the limits
 it calls that instead and says so, once for each reason; where the caller has the plain implementation, it returns None.
-Letters: b batch, n query heads, g query groups, s sequence, d head dim, h hidden; in products joined with a collective
-n tokens of one rank, t ranks, k and m inputs and outputs.
+Letters: b batch, n query heads, g query groups, s sequence, d head dim, h hidden, f width of the gate; in products
+joined with a collective n tokens of one rank, t ranks, k and m inputs and outputs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ _MOST_HEADS = 256
 _MOST_HEAD_DIM = 512
 _MOST_TOKENS = 2**20
 _LEFT_UP_CAUSAL = 2  # sparse_mode: query i sees keys 0..i, the triangle starts in the upper left corner
+_ROTARY_WIDTH = 896  # channels, and the next limit heads or samples, must stay below
+_ROTARY_HEADS = 1000
 _COMPRESSED = 2048  # side of the one mask that sparse modes 2 and 3 take for any sequence length
 # of MC2, the products joined with a collective
 _MC2_DTYPES = (torch.float16, torch.bfloat16)
@@ -41,6 +44,49 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, reference: Callable[..., 
     import torch_npu
 
     return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+
+
+def swiglu(x: Tensor, *, reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """silu(gate) * up of x = [gate, up], [..., 2 f] -> [..., f]."""
+    reasons = swiglu_limits(x)
+    if reasons:
+        report("npu_swiglu", reasons)
+        return reference(x)
+    import torch_npu
+
+    return torch_npu.npu_swiglu(x, dim=-1)
+
+
+def rotary(x: Tensor, angles: Tensor, *, interleaved: bool, reference: Callable[[Tensor], Tensor]) -> Tensor:
+    """x [s, b, n, d], whose first channels are turned by `angles` [s, 1, 1, channels]; cosine and sine in x's dtype."""
+    turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+    reasons = rotary_limits(turned, angles, interleaved=interleaved)
+    if reasons:
+        report("npu_rotary_mul", reasons)
+        return reference(x)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned = _Turn.apply(turned.contiguous(), cos, sin, "interleave" if interleaved else "half")
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+class _Turn(torch.autograd.Function):
+    """A rotation, whose derivative is the rotation back. The operator's own derivative would keep x for cos and sin."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
+        import torch_npu
+
+        ctx.save_for_backward(cos, sin)
+        ctx.mode = mode
+        return torch_npu.npu_rotary_mul(x, cos, sin, mode)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        import torch_npu
+
+        cos, sin = ctx.saved_tensors
+        return torch_npu.npu_rotary_mul(grad.contiguous(), cos, -sin, ctx.mode), None, None, None
 
 
 def attention(
@@ -88,6 +134,35 @@ def rms_norm_limits(x: Tensor, weight: Tensor) -> tuple[str, ...]:
         (weight.dtype == x.dtype, f"weight is {weight.dtype}, input {x.dtype}"),
         (weight.shape == x.shape[-1:], f"weight {tuple(weight.shape)} is not the last dimension of {tuple(x.shape)}"),
         (x.numel() > 0, "input is empty"),
+    )
+
+
+def swiglu_limits(x: Tensor) -> tuple[str, ...]:
+    """What keeps npu_swiglu from taking this; empty if nothing."""
+    return failed(
+        (x.device.type == "npu", f"input is on {x.device.type}"),
+        (x.dtype in _DTYPES, f"dtype {x.dtype}"),
+        (1 <= x.dim() <= 8, f"{x.dim()} dimensions"),
+        (x.shape[-1:].numel() % 2 == 0, f"last dimension {x.shape[-1:].numel()} is odd"),
+        (x.is_contiguous(), "input is a strided view"),
+        (x.numel() > 0, "input is empty"),
+        (x.device.type != "npu" or _since_atlas_a2(), "the chip is older than Atlas A2"),
+    )
+
+
+def rotary_limits(x: Tensor, angles: Tensor, *, interleaved: bool) -> tuple[str, ...]:
+    """What keeps npu_rotary_mul from turning x [s, b, n, channels] by angles [s, 1, 1, channels]; empty if nothing."""
+    if x.dim() != 4 or angles.shape != (x.shape[0], 1, 1, x.shape[-1]):
+        return (f"angles {tuple(angles.shape)} for {tuple(x.shape)}",)
+    _, b, n, channels = x.shape
+    return failed(
+        (x.device.type == "npu", f"input is on {x.device.type}"),
+        (x.dtype in _DTYPES, f"dtype {x.dtype}"),
+        (channels < _ROTARY_WIDTH and channels % 2 == 0, f"{channels} channels, even and below {_ROTARY_WIDTH} needed"),
+        # the documented limit is one of each in one order of channels, and of their product in the other
+        ((b * n if interleaved else max(b, n)) < _ROTARY_HEADS, f"{b} samples of {n} heads, below {_ROTARY_HEADS}"),
+        (x.numel() > 0, "input is empty"),
+        (x.device.type != "npu" or _since_atlas_a2(), "the chip is older than Atlas A2"),
     )
 
 

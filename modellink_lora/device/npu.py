@@ -1,4 +1,4 @@
-"""Ascend NPU over HCCL: torch_npu's own interface, megatron-core redirected to it, fused norm and attention."""
+"""Ascend NPU over HCCL: torch_npu's own interface, megatron-core redirected to it, fused operators."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.device import fused_npu, redirect
+from modellink_lora.config.npu import NPU_OPERATORS
+from modellink_lora.device import fused_npu, npu_check, redirect
 from modellink_lora.device.base import Device, softmax_attention
 from modellink_lora.device.peaks import npu_peak
 
@@ -20,9 +22,18 @@ _MINDSPEED = "mindspeed.megatron_adaptor"
 
 
 class NpuDevice(Device):
+    """One Ascend NPU.
+
+    Attributes:
+        plain: fused operator -> why plain PyTorch computes it in this process.
+    """
+
     name = "npu"
     backend = "hccl"
     widest_float = torch.float32  # HCCL's sums of fp64 are not documented for every chip
+
+    def __init__(self) -> None:
+        self.plain: dict[str, str] = {}
 
     @classmethod
     def available(cls) -> bool:
@@ -44,8 +55,14 @@ class NpuDevice(Device):
         _npu().set_device(local_rank)
         # MindSpeed redirects megatron-core itself, and more of it; on top of each other they would undo each other
         if _MINDSPEED not in sys.modules:
-            redirect.install(redirect.NPU)
+            redirect.install(redirect.NPU, rotary=self.rotary)
+        self.plain = npu_check.unfit(torch.device("npu", local_rank))
         return torch.device("npu", local_rank)
+
+    def leave_out(self, operators: Sequence[str]) -> list[str]:
+        names = NPU_OPERATORS if "all" in operators else operators
+        self.plain |= dict.fromkeys(names, "--npu-plain-operators")
+        return []
 
     def synchronize(self) -> None:
         _npu().synchronize()
@@ -89,12 +106,26 @@ class NpuDevice(Device):
         if slopes is not None or softcap or where is not None:
             return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap, where=where)
         # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
+        if "npu_fusion_attention" in self.plain:
+            return softmax_attention(q, k, v, causal=causal, scale=scale)
         return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
-        if one_more:  # the fused norm would take 1 + weight rounded to 16 bits
-            return super().rms_norm(x, weight, eps, one_more=True)
+        # with one_more the fused norm would take 1 + weight rounded to 16 bits
+        if one_more or "npu_rms_norm" in self.plain:
+            return super().rms_norm(x, weight, eps, one_more=one_more)
         return fused_npu.rms_norm(x, weight, eps, reference=super().rms_norm)
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        if "npu_swiglu" in self.plain:
+            return super().swiglu(x)
+        return fused_npu.swiglu(x, reference=super().swiglu)
+
+    def rotary(self, x: Tensor, angles: Tensor, *, interleaved: bool, reference: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [s, b, n, d] with its first channels turned by angles [s, 1, 1, channels], as `reference` does it."""
+        if "npu_rotary_mul" in self.plain:
+            return reference(x)
+        return fused_npu.rotary(x, angles, interleaved=interleaved, reference=reference)
 
     def gather_matmul(self, x: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor] | None:
         return fused_npu.gather_matmul(x, weight, group) if self.fused_collectives else None
@@ -108,9 +139,11 @@ class NpuDevice(Device):
     def describe(self) -> str:
         torch_npu = importlib.import_module("torch_npu")
         redirected = ", MindSpeed" if _MINDSPEED in sys.modules else ""
+        fused = ", ".join(name for name in NPU_OPERATORS if name not in self.plain) or "none"
+        plain = "".join(f"; not {name}: {why}" for name, why in self.plain.items())
         return (
             f"{_npu().get_device_name()}, CANN {_cann_version()}, HCCL, torch_npu {torch_npu.__version__}, "
-            f"torch {torch.__version__}{redirected}"
+            f"torch {torch.__version__}{redirected}; fused operators: {fused}{plain}"
         )
 
 

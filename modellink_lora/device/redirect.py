@@ -14,6 +14,7 @@ changed for callers inside megatron.core only. Lines are those of megatron-core 
 | factories with device="cuda"         | schedules.py:596, clip_grads.py:103, optimizer.py:485                   |
 | Tensor.type() without arguments      | clip_grads.py:167, optimizer.py:671 compare with "torch.cuda.*Tensor"   |
 | Tensor.cuda()                        | language_module.py:244 (tied embeddings over pipeline stages)           |
+| rotary embedding, where asked for    | rope_utils.py:236 goes to the device's own operator                     |
 | torch.compile                        | jit.py makes it the fuser; a compile of many seconds for tiny gains     |
 """
 
@@ -35,6 +36,7 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "ran
 
 # Imported before the stand-in is handed out, so that a later lazy import finds nothing unprepared.
 _MODULES = (
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.pipeline_parallel",
     "megatron.core.pipeline_parallel.p2p_communication",
@@ -54,8 +56,12 @@ class Redirect:
     own_tracker: bool  # the default CPU generator is the device's: megatron's tracker would warn at every fork
 
 
-def install(redirect: Redirect) -> None:
-    """Give every imported megatron-core module the stand-in. Calling again covers modules imported since."""
+def install(redirect: Redirect, *, rotary: Callable[..., torch.Tensor] | None = None) -> None:
+    """Give every imported megatron-core module the stand-in. Calling again covers modules imported since.
+
+    Args:
+        rotary: (x [s, b, n, d], angles, interleaved=, reference=) -> x turned, in place of megatron-core's.
+    """
     for name in _MODULES:
         importlib.import_module(name)
     if hasattr(torch.compiler, "set_stance"):
@@ -67,6 +73,8 @@ def install(redirect: Redirect) -> None:
             vars(module)["torch"] = stand_in
     _redirect_random(redirect, cuda)
     _redirect_tensor_methods(redirect)
+    if rotary is not None:
+        _redirect_rotary(rotary)
 
 
 class _Overlay(types.ModuleType):
@@ -146,6 +154,26 @@ def _redirect_tensor_methods(redirect: Redirect) -> None:
     tensor_type.redirected = True  # type: ignore[attr-defined]
     torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign,assignment]
+
+
+def _redirect_rotary(rotary: Callable[..., torch.Tensor]) -> None:
+    import megatron.core.models.common.embeddings.rope_utils as rope
+
+    original = getattr(rope._apply_rotary_pos_emb_bshd, "__wrapped__", rope._apply_rotary_pos_emb_bshd)
+
+    @functools.wraps(original)
+    def turned(
+        t: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        def plain(x: torch.Tensor) -> Any:
+            return original(x, freqs, rotary_interleaved, *args, **kwargs)
+
+        # whatever else it is told (another order of channels, a factor) changes the result
+        if any(value for value in (*args, *kwargs.values()) if value is True or value != 1.0):
+            return plain(t)
+        return rotary(t, freqs, interleaved=rotary_interleaved, reference=plain)
+
+    rope._apply_rotary_pos_emb_bshd = turned
 
 
 class _Stream:

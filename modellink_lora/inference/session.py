@@ -76,6 +76,8 @@ def open_engine(
     context = make_context(dataclasses.replace(parallel, sequence_parallel=False), torch_device)
     is_leader = context.tp_rank == 0 and context.pp_rank == 0
     tell = say if context.is_main else _nothing
+    for note in device.leave_out(config.npu_plain_operators):
+        tell(note)
     base = open_any_base(config, model_flags, tp=context.tp_size)
     adapters = open_adapters(config, lora_flags, base)
     folder = config.tokenizer_name_or_path or base.tokenizer_folder

@@ -56,6 +56,7 @@ def fine_tune(
         UserError: any input that does not fit, before the first step where possible.
     """
     torch.use_deterministic_algorithms(train.deterministic)
+    unused = device.leave_out(train.npu_plain_operators)
     context = make_context(parallel, torch_device)
     inputs = open_inputs(train, data, context, model_flags=model_flags, lora_flags=lora_flags)
     base, lora, adapter, run_data = inputs.base, inputs.lora, inputs.adapter, inputs.data
@@ -67,7 +68,7 @@ def fine_tune(
     )  # fmt: skip
     assembly = assemble(inputs, train, context, device)
     setup, chunks, parts = assembly.setup, assembly.chunks, assembly.parts
-    notes = [*run_data.notes, *setup.notes, *(adapter.notes if adapter else ()), *fusion_notes(train, device)]
+    notes = [*run_data.notes, *setup.notes, *(adapter.notes if adapter else ()), *fusion_notes(train, device), *unused]
     if not train.load:
         notes.insert(0, "warning: no --load was given, so the base model has RANDOM weights and learns nothing useful")
     fusion: list[tuple[str, ...]] = []

@@ -1,6 +1,6 @@
-"""What tests/distributed/test_npu_simulator.py runs on simulated NPUs: `npu_programs NAME`, one function per program.
+"""What tests/distributed/test_npu_simulator.py runs on simulated NPUs: `npu_programs NAME ...`.
 
-A program is started by torchrun in every process and says so by failing when something is wrong.
+A program is a function. It is started by torchrun in every process and says so by failing when something is wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.distributed import npu_product
+from tests.distributed.npu_product import compare
 
 MEBI = 2**20
 
@@ -171,56 +174,6 @@ def random_numbers() -> None:
     torch.testing.assert_close((grad * v).sum(), (out * weight).sum(), rtol=1e-4, atol=1e-4)
 
 
-def product() -> None:
-    """modellink_lora's NPU device: what it says about itself, fused paths against its reference, fallbacks."""
-    from modellink_lora.device import get_device
-    from modellink_lora.device.base import Device
-    from modellink_lora.device.npu import NpuDevice
-    from tests.npu_sim.simulator import calls
-
-    device = get_device("auto")
-    assert isinstance(device, NpuDevice), device
-    assert device.activate(dist.get_rank()) == torch.device("npu", dist.get_rank())
-    assert "Ascend910B1" in device.describe() and "torch_npu 2.13.0" in device.describe(), device.describe()
-    assert device.supports(torch.bfloat16)
-    device.seed(3)
-    drawn = torch.rand(4, device="npu")
-    device.seed(3)
-    assert torch.equal(torch.rand(4, device="npu"), drawn)
-    block = torch.empty(MEBI, device="npu")
-    assert device.memory()["allocated"] >= block.nbytes and device.memory()["max reserved"] >= block.nbytes
-    device.synchronize()
-
-    generator = torch.Generator().manual_seed(2)
-
-    def random(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
-        for causal in (True, False):
-            shapes = [random(2, heads, 7, 8, dtype=dtype) for heads in (4, 2, 2)]
-            compare(
-                lambda q, k, v, c=causal: device.attention(q, k, v, causal=c, scale=0.4),
-                lambda q, k, v, c=causal: Device.attention(device, q, k, v, causal=c, scale=0.4),
-                shapes, random(2, 4, 7, 8, dtype=dtype), tolerance,
-            )  # fmt: skip
-        compare(
-            lambda x, w: device.rms_norm(x, w, 1e-6),
-            lambda x, w: Device.rms_norm(device, x, w, 1e-6),
-            [random(6, 2, 32, dtype=dtype), random(32, dtype=dtype)], random(6, 2, 32, dtype=dtype), tolerance,
-        )  # fmt: skip
-    assert calls["npu::npu_fusion_attention"] == 4 and calls["npu::npu_rms_norm"] == 2, calls
-
-    # more heads than the fused operator takes: the reference answers
-    many = [random(1, 257, 3, 4, dtype=torch.float32) for _ in range(3)]
-    compare(
-        lambda q, k, v: device.attention(q, k, v, causal=True, scale=0.5),
-        lambda q, k, v: Device.attention(device, q, k, v, causal=True, scale=0.5),
-        many, random(1, 257, 3, 4, dtype=torch.float32), 2e-5,
-    )  # fmt: skip
-    assert calls["npu::npu_fusion_attention"] == 4, calls
-
-
 def joined_products() -> None:
     """The NPU device's products with a collective inside, against plain PyTorch; what lies outside their limits."""
     from modellink_lora.device import get_device
@@ -229,6 +182,7 @@ def joined_products() -> None:
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     device, lines = get_device("npu"), kept_lines("modellink_lora.device")
     device.activate(rank)
+    calls.clear()
 
     def parts(*shape: int) -> list[Tensor]:
         """One matrix a rank, of -1, 0 and 1: their products of some hundred terms are exact in bf16."""
@@ -287,23 +241,11 @@ def same(on_device: Tensor, expected: Tensor) -> None:
     assert torch.equal(on_device.cpu(), expected), f"{on_device.cpu()[:5]} instead of {expected[:5]}"
 
 
-def compare(on_npu, on_cpu, inputs: list[Tensor], grad: Tensor, tolerance: float) -> None:  # type: ignore[no-untyped-def]
-    """Outputs and gradients of two functions of the same inputs, one on each device."""
-    theirs = [x.clone().requires_grad_() for x in inputs]
-    ours = [x.npu().requires_grad_() for x in inputs]
-    expected, actual = on_cpu(*theirs), on_npu(*ours)
-    torch.testing.assert_close(actual.cpu(), expected, rtol=tolerance, atol=tolerance)
-    expected.backward(grad)
-    actual.backward(grad.npu())
-    for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        torch.testing.assert_close(
-            mine.grad.cpu(), other.grad, rtol=tolerance, atol=tolerance * 4, msg=lambda text, i=i: f"input {i}: {text}"
-        )
-
-
 PROGRAMS = {
     function.__name__: function
     for function in (
+        npu_product.product,
+        npu_product.broken_operators,
         collectives,
         point_to_point,
         subsets,
@@ -311,7 +253,6 @@ PROGRAMS = {
         absence,
         fused_operators,
         random_numbers,
-        product,
         joined_products,
     )
 }
@@ -320,8 +261,9 @@ PROGRAMS = {
 def main() -> None:
     torch.npu.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,npu:hccl")
-    PROGRAMS[sys.argv[1]]()
-    print(f"rank {dist.get_rank()} has done {sys.argv[1]}")
+    for name in sys.argv[1:]:
+        PROGRAMS[name]()
+        print(f"rank {dist.get_rank()} has done {name}", flush=True)
     dist.destroy_process_group()
 
 

@@ -76,6 +76,17 @@ def run_on_simulated_npu(
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
+def run_on_null_npu(module: str, args: Sequence[str] = (), *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `module` in one process on an NPU whose operators do nothing but note that they were launched."""
+    skip_without_simulator()
+    environment = simulator_environment()
+    environment["LD_LIBRARY_PATH"] = _joined(str(build.prepare().null), environment["LD_LIBRARY_PATH"])
+    return subprocess.run(
+        [sys.executable, "-m", module, *args], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
 def simulator_environment() -> dict[str, str]:
     """This process's environment with what a simulated NPU needs."""
     built = build.prepare()

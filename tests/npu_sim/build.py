@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class Unavailable(Exception):
 class Build:
     site: Path  # holds the package torch_npu
     libraries: Path  # holds libascendcl.so and the others
+    null: Path  # holds libopapi.so, whose operators do nothing
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def prepare() -> Build:
     cache.mkdir(parents=True, exist_ok=True)
     with _alone(cache / "lock"):
         site = _site(cache)
-        return Build(site, _libraries(cache, site))
+        libraries = _libraries(cache, site)
+        return Build(site, libraries, _null_operators(libraries, site))
 
 
 def _site(cache: Path) -> Path:
@@ -97,6 +100,34 @@ def _libraries(cache: Path, site: Path) -> Path:
         subprocess.run([str(word) for word in command], check=True, timeout=600)
         for name in LIBRARIES:
             (temporary / f"{name}.so").symlink_to(COMBINED)
+    return folder
+
+
+def _null_operators(libraries: Path, site: Path) -> Path:
+    """libopapi.so, out of which torch_npu takes each operator by name: here they note that they were launched.
+
+    torch_npu asks `aclnnXGetWorkspaceSize(...)` for the operator's memory, which it has set to 0 before, then calls
+    `aclnnX`. What it passes goes through functions that make an object: one address stands for all of them.
+    """
+    folder = libraries / "null"
+    if folder.is_dir():
+        return folder
+    binary = (site / "torch_npu" / "lib" / "libtorch_npu.so").read_bytes()
+    names = {match.decode() for match in re.findall(rb"\0(aclnn[A-Z]\w*)(?=\0)", binary)}
+    names = {name.removesuffix("GetWorkspaceSize") for name in names}
+    kinds = ("Tensor", "Scalar", "IntArray", "BoolArray", "FloatArray", "TensorList", "ScalarList")
+    lines = ['#include "trace.h"', 'extern "C" {', "static int object;"]
+    lines += [f"void *aclCreate{kind}() {{ return &object; }}" for kind in kinds]
+    lines += [f"int aclDestroy{kind}() {{ return 0; }}" for kind in (*kinds, "AclOpExecutor")]
+    for name in sorted(names):
+        lines.append(f"int {name}GetWorkspaceSize() {{ return 0; }}")
+        lines.append(f'int {name}() {{ npu_sim_note("{name}"); return 0; }}')
+    with _becoming(folder) as temporary:
+        source = temporary / "operators.cpp"
+        source.write_text("\n".join([*lines, "}"]))
+        command = ["g++", "-shared", "-fPIC", f"-I{SOURCES}", "-o", temporary / "libopapi.so", source]
+        command += [f"-L{libraries}", f"-l:{COMBINED}"]
+        subprocess.run([str(word) for word in command], check=True, timeout=600)
     return folder
 
 

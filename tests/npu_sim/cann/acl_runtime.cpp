@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "acl/acl.h"
+#include "trace.h"
 
 namespace {
 
@@ -37,6 +38,14 @@ void *aligned(size_t bytes) {
 uint32_t device_count() {
     const char *count = getenv("NPU_SIM_DEVICES");
     return count == nullptr ? 8 : static_cast<uint32_t>(atoi(count));
+}
+
+aclError copied(void *to, const void *from, size_t bytes, aclrtMemcpyKind kind) {
+    if (kind == ACL_MEMCPY_DEVICE_TO_HOST) {
+        npu_sim_note("copy to the host");
+    }
+    memmove(to, from, bytes);
+    return ACL_SUCCESS;
 }
 
 aclError new_stream(aclrtStream *stream) {
@@ -148,19 +157,17 @@ aclError aclrtFreeHost(void *pointer) {
     return ACL_SUCCESS;
 }
 
-aclError aclrtMemcpy(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind) {
-    memmove(to, from, bytes);
-    return ACL_SUCCESS;
+aclError aclrtMemcpy(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind kind) {
+    return copied(to, from, bytes, kind);
 }
 
-aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind, aclrtStream) {
-    memmove(to, from, bytes);
-    return ACL_SUCCESS;
+aclError aclrtMemcpyAsync(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind kind, aclrtStream) {
+    return copied(to, from, bytes, kind);
 }
 
-aclError aclrtMemcpyAsyncWithCondition(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind, aclrtStream) {
-    memmove(to, from, bytes);
-    return ACL_SUCCESS;
+aclError aclrtMemcpyAsyncWithCondition(void *to, size_t, const void *from, size_t bytes, aclrtMemcpyKind kind,
+                                       aclrtStream) {
+    return copied(to, from, bytes, kind);
 }
 
 aclError aclrtMemset(void *to, size_t, int32_t value, size_t bytes) {

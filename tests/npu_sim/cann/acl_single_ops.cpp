@@ -12,6 +12,7 @@
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
 #include "element.h"
+#include "trace.h"
 
 namespace {
 
@@ -125,6 +126,7 @@ Operand operand(const aclTensorDesc *description, const aclDataBuffer *buffer) {
 
 aclError execute(const char *name, int inputs, const aclTensorDesc *const in[], const aclDataBuffer *const in_data[],
                  const aclTensorDesc *out, const aclDataBuffer *out_data) {
+    npu_sim_note(name);
     auto found = operators.find(name);
     if (found == operators.end()) {
         fprintf(stderr, "npu_sim: single operator %s is not simulated (tests/npu_sim/cann/acl_single_ops.cpp)\n", name);
