@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from modellink_lora.config.parallel import ParallelConfig
+from modellink_lora.megatron.versions import check_version
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def start_processes(backend: str, *, rank: int, world_size: int, init_method: st
 
 
 def make_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
-    """Lay the processes out as `config` says. Raises UserError when their number does not fit."""
+    """Lay the processes out as `config` says. Raises UserError when their number or megatron-core does not fit."""
+    check_version()
     from megatron.core import parallel_state
 
     config.data_parallel_size(dist.get_world_size())
