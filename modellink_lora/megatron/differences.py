@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch.distributed import ProcessGroup
 
 from modellink_lora.megatron.versions import release
 
@@ -34,6 +36,15 @@ def set_chunks(chunks: int) -> None:
     """Tell how many chunks a pipeline stage has. Since 0.16 all who need it are told when they are called."""
     if release() < (0, 16):
         parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
+
+
+def process_groups() -> list[ProcessGroup]:
+    """The groups that parallel_state made for this process, itself a member or not. Before 0.15 it kept no list."""
+    if release() < (0, 15):
+        named = [value for value in vars(parallel_state).values() if isinstance(value, ProcessGroup)]
+        return [group for group in dict.fromkeys(named) if group is not dist.group.WORLD]
+    groups = parallel_state._global_process_group_list or ()
+    return [group for group in groups if group is not None]  # None is the group of all processes
 
 
 def schedule(stages: int, chunks: int) -> Callable[..., Any]:

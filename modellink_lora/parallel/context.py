@@ -92,8 +92,9 @@ def _close_groups() -> None:
     """Close the groups of the former layout. megatron-core would only forget its two dozen, and gloo's threads poll."""
     from megatron.core import parallel_state
 
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # that is, not the one of all processes
-            with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
-                dist.destroy_process_group(group)
+    from modellink_lora.megatron.differences import process_groups
+
+    for group in process_groups():
+        with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
