@@ -3,18 +3,18 @@
 Every `megatron.core.*` module gets a stand-in for the name `torch` in which `torch.cuda` is the device's own interface
 and factories called with `device="cuda"` build on the device. The real `torch` module stays as it is, so
 `torch.cuda.is_available()` remains honest for every other library. Two methods cannot be reached that way and are
-changed for callers inside megatron.core only. Lines are those of megatron-core 0.16.1.
+changed for callers inside megatron.core only. The files are those of every version that was tried.
 
-| redirected                           | because of                                                              |
+| redirected                           | because of, among others                                                |
 |--------------------------------------|-------------------------------------------------------------------------|
-| torch.cuda.current_device            | rotary_pos_embedding.py:162, mappings.py:141, p2p_communication.py:194  |
-| torch.cuda.synchronize, empty_cache  | p2p_communication.py:242, async_utils.py:212                            |
-| torch.cuda streams, events, nvtx     | param_and_grad_buffer.py, timers.py, moe/token_dispatcher.py:895        |
-| torch.cuda rng functions, tracker    | tensor_parallel/random.py:235-277, 447-457                              |
-| factories with device="cuda"         | schedules.py:596, clip_grads.py:103, optimizer.py:485                   |
-| Tensor.type() without arguments      | clip_grads.py:167, optimizer.py:671 compare with "torch.cuda.*Tensor"   |
-| Tensor.cuda()                        | language_module.py:244 (tied embeddings over pipeline stages)           |
-| rotary embedding, where asked for    | rope_utils.py:236 goes to the device's own operator                     |
+| torch.cuda.current_device            | rotary_pos_embedding.py, mappings.py, p2p_communication.py              |
+| torch.cuda.synchronize, empty_cache  | p2p_communication.py, timers.py                                         |
+| torch.cuda streams, events, nvtx     | param_and_grad_buffer.py, timers.py, moe/token_dispatcher.py            |
+| torch.cuda rng functions, tracker    | tensor_parallel/random.py                                               |
+| factories with device="cuda"         | schedules.py, clip_grads.py, optimizer.py                               |
+| Tensor.type() without arguments      | clip_grads.py, optimizer.py compare with "torch.cuda.*Tensor"           |
+| Tensor.cuda()                        | language_module.py (tied embeddings over pipeline stages)               |
+| rotary embedding, where asked for    | rope_utils.py goes to the device's own operator                         |
 | torch.compile                        | jit.py makes it the fuser; a compile of many seconds for tiny gains     |
 """
 
@@ -31,6 +31,9 @@ from typing import Any
 
 import torch
 
+from modellink_lora.config.errors import UserError
+from modellink_lora.megatron.versions import check_version, installed
+
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "as_tensor",
               "empty_like", "zeros_like", "ones_like", "full_like")  # fmt: skip
 
@@ -45,6 +48,7 @@ _MODULES = (
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.tensor_parallel.random",
 )
+_REPLACED = ("_get_cuda_rng_state", "_set_cuda_rng_state", "CudaRNGStatesTracker")  # of tensor_parallel.random
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,10 @@ def install(redirect: Redirect, *, rotary: Callable[..., torch.Tensor] | None = 
 
     Args:
         rotary: (x [s, b, n, d], angles, interleaved=, reference=) -> x turned, in place of megatron-core's.
+    Raises:
+        UserError: megatron-core is missing, of a version that was not tried, or lacks what is replaced.
     """
+    check_version()
     for name in _MODULES:
         importlib.import_module(name)
     if hasattr(torch.compiler, "set_stance"):
@@ -106,6 +113,12 @@ def _stand_in(redirect: Redirect, cuda: Any) -> _Overlay:
 def _redirect_random(redirect: Redirect, cuda: Any) -> None:
     import megatron.core.tensor_parallel.random as random
 
+    missing = [name for name in _REPLACED if not hasattr(random, name)]
+    if missing:  # an assignment would create the name, and CUDA would be called all the same
+        raise UserError(
+            f"megatron-core {installed()} in {random.__file__} has no {missing[0]}, which has to be replaced for "
+            f"{redirect.device_type}: install megatron-core anew from a release that docs/versions.md lists"
+        )
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: cuda.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: cuda.set_rng_state(state)
     if redirect.own_tracker and not hasattr(random.CudaRNGStatesTracker, "on_default_generator"):

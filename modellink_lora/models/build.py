@@ -15,13 +15,14 @@ from torch import Tensor
 from modellink_lora.checkpoint.names import from_module
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.device import Device
+from modellink_lora.megatron.differences import complete, config_fields, set_chunks
 from modellink_lora.models.dropout import Dropout
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
 from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.rope import inverse_frequencies
 from modellink_lora.models.shapes import full_shape
-from modellink_lora.models.spec import block_spec, local_parts, norm_spec
+from modellink_lora.models.spec import Router, activation_spec, block_spec, local_parts, norm_spec
 from modellink_lora.models.te_spec import te_parts
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
@@ -133,7 +134,7 @@ def transformer_config(
         moe_shared_expert_gate=config.moe_shared_expert_gate,
         moe_token_dispatcher_type="alltoall",  # asked for with variable lengths, even where there are no experts
     )
-    return TransformerConfig(**{**settings, **overrides})
+    return TransformerConfig(**config_fields({**settings, **overrides}))
 
 
 def build_chunks(
@@ -152,6 +153,7 @@ def build_chunks(
         overrides: fields of megatron-core's TransformerConfig, such as recompute settings.
         transformer_impl: "local" or "transformer_engine".
     """
+    set_chunks(partition.chunks)
     megatron = transformer_config(config, context, partition, dtype, overrides or {})
     parts = te_parts() if transformer_impl == "transformer_engine" else local_parts(config, device)
     return [
@@ -180,7 +182,9 @@ def _build_chunk(
         position_embedding_type="rope" if rope else "none",  # ALiBi is attention's affair
         rotary_base=int(config.rotary_base),  # replaced below: megatron-core knows only one scaling
         vp_stage=chunk if partition.chunks > 1 else None,
-    ).to(context.device)
+    )
+    complete(model, activation_spec(config, device), Router)
+    model.to(context.device)
     if rope:
         model.rotary_pos_emb.inv_freq = inverse_frequencies(config).to(context.device)
     if model.pre_process:

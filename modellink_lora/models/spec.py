@@ -6,7 +6,6 @@ Letters: s sequence, b batch, h hidden, n query heads, g query groups, d head di
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -14,11 +13,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +25,7 @@ from torch import Tensor
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.device import Device
 from modellink_lora.device.base import softmax_attention
+from modellink_lora.megatron.differences import mixture_spec, mlp_parts
 from modellink_lora.models import alibi
 from modellink_lora.models.dropout import Dropout, ResidualAdd
 from modellink_lora.models.parts import LayerParts
@@ -195,22 +193,23 @@ def local_parts(model: ModelConfig, device: Device) -> LayerParts:
     return LayerParts(norm=norm_spec(model, device), column=ColumnParallelLinear, row=RowParallelLinear)
 
 
+def activation_spec(model: ModelConfig, device: Device) -> ModuleSpec:
+    """What an MLP computes between its two linears, gate included."""
+    if model.swiglu:
+        return ModuleSpec(module=Swiglu, params={"device": device})
+    return ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
+
+
 def mlp_spec(model: ModelConfig, device: Device, chosen: LayerParts) -> ModuleSpec:
     """The MLP of a layer, or the mixture of experts in its place, each expert such an MLP.
 
     megatron-core's mixture loops over the experts that a process has, drops no token and keeps no statistics.
     """
-    gelu = ModuleSpec(module=Gelu, params={"gated": model.geglu, "tanh": model.gelu_tanh})
-    parts = MLPSubmodules(
-        linear_fc1=chosen.column,
-        activation_func=ModuleSpec(module=Swiglu, params={"device": device}) if model.swiglu else gelu,
-        linear_fc2=chosen.row,
-    )
+    parts = mlp_parts(chosen.column, activation_spec(model, device), chosen.row)
     if not model.num_experts:
         return ModuleSpec(module=MLP, submodules=parts)
     experts = ModuleSpec(module=SequentialMLP, submodules=parts)
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=parts)
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts, shared, Router))
+    return mixture_spec(experts, parts, Router, shared_gate=model.moe_shared_expert_gate)
 
 
 def block_spec(
@@ -234,7 +233,9 @@ def block_spec(
                 params={"attn_mask_type": AttnMaskType.causal, "dense_bias": model.add_dense_bias},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column,
-                    core_attention=functools.partial(CausalAttention, device=device, tp_rank=tp_rank, model=model),
+                    core_attention=ModuleSpec(
+                        module=CausalAttention, params={"device": device, "tp_rank": tp_rank, "model": model}
+                    ),
                     linear_proj=parts.row,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

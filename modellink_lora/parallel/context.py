@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from modellink_lora.config.parallel import ParallelConfig
+from modellink_lora.megatron.versions import check_version
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def start_processes(
 
 
 def make_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
-    """Lay the processes out as `config` says. Raises UserError when their number does not fit."""
+    """Lay the processes out as `config` says. Raises UserError when their number or megatron-core does not fit."""
+    check_version()
     from megatron.core import parallel_state
 
     config.data_parallel_size(dist.get_world_size())
@@ -99,8 +101,9 @@ def _close_groups() -> None:
     """Close the groups of the former layout. megatron-core would only forget its two dozen, and gloo's threads poll."""
     from megatron.core import parallel_state
 
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # that is, not the one of all processes
-            with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
-                dist.destroy_process_group(group)
+    from modellink_lora.megatron.differences import process_groups
+
+    for group in process_groups():
+        with contextlib.suppress(ValueError):  # closed already, together with a former group of all processes
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from modellink_lora.data.batches import Batch
 from modellink_lora.device import Device
+from modellink_lora.megatron.differences import schedule
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.random import set_samples
 from modellink_lora.reporting.telemetry import Telemetry
@@ -87,9 +87,9 @@ def run_micro_batches(
 
     micro_batch_size, length = batches[0]["tokens"].shape
     interleaved = len(chunks) > 1
-    schedule = get_forward_backward_func(context.pp_size, len(chunks) if interleaved else None)
+    run = schedule(context.pp_size, len(chunks))
     return list(
-        schedule(
+        run(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
             model=list(chunks),
