@@ -24,6 +24,9 @@ class Launch:
     master_address: str = "127.0.0.1"
     master_port: int = 0
     device: str = "auto"
+    # of torchrun, which starts all processes again after a failure if asked to, and holds the store they meet at
+    attempt: str = "0"
+    has_store: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -52,6 +55,8 @@ class Launch:
             master_address=environment["MASTER_ADDR"],
             master_port=_number(environment, "MASTER_PORT"),
             device=device,
+            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
 

@@ -6,6 +6,7 @@ When one of several processes fails inside, all end, and one line a host says wh
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import sys
@@ -16,20 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from modellink_lora.checkpoint.store import writing
 from modellink_lora.cli.ending import end
 from modellink_lora.cli.launch import Launch, set_environment_defaults
+from modellink_lora.cli.network import not_met, set_network_defaults
 from modellink_lora.cli.signals import Stop
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import Device, get_device
 from modellink_lora.parallel.context import start_processes
 from modellink_lora.parallel.liveness import Liveness, Timing
+from modellink_lora.parallel.meeting import meet
 
 # All processes usually fail for the same reason: the others give the first that long to say it without a rank's name.
 _FIRST_SPEAKS_SECONDS = 3.0
+_TOGETHER_SECONDS = 30.0  # what processes that were started at one time may come late
 
 
 @contextlib.contextmanager
@@ -59,14 +64,10 @@ def joined(
     # megatron-core calls collectives by names that newer releases of torch are renaming
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     torch_device = chosen.activate(launch.local_rank)
-    start_processes(
-        chosen.backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        init_method=f"tcp://{launch.master_address}:{launch.master_port}" if launch.world_size == 1 else "env://",
-        timeout_minutes=timeout_minutes,
-    )
+    store = _start(chosen.backend, launch, timeout_minutes)
     peers = _watched(launch, timing or Timing()) if launch.world_size > 1 else None
+    if store:  # from here on the heartbeat notices who is missing
+        store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
     stop = stop or Stop()
     stop.peers = peers
     try:
@@ -93,13 +94,38 @@ def one_writer(launch: Launch, save: Path | None) -> Iterator[None]:
         yield
 
 
+def _start(backend: str, launch: Launch, timeout_minutes: int) -> dist.Store | None:
+    """Join the process group; the store it was made with, if there are several processes."""
+    if launch.world_size == 1:
+        address = f"tcp://{launch.master_address}:{launch.master_port}"
+        start_processes(backend, rank=0, world_size=1, init_method=address, timeout_minutes=timeout_minutes)
+        return None
+    set_network_defaults(launch)
+    patience = 60.0 * timeout_minutes
+    if launch.has_store:  # torchrun starts all processes at one time, and has brought the libraries into memory before
+        alive = time.time() - psutil.Process().create_time()
+        patience = min(patience, _TOGETHER_SECONDS + 3 * alive)
+    try:
+        store = meet(
+            address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
+            attempt=launch.attempt, serves=launch.is_first and not launch.has_store, patience=patience,
+        )  # fmt: skip
+        start_processes(
+            backend, rank=launch.rank, world_size=launch.world_size, store=store, timeout_minutes=timeout_minutes
+        )
+    except RuntimeError as error:
+        raise not_met(error, launch) or error from error
+    return store
+
+
 def _watched(launch: Launch, timing: Timing) -> Liveness:
     def ended(line: str, status: int, speak: bool) -> NoReturn:
         end(line, status, speak=speak, linger=timing.linger)
 
     return Liveness(
         address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
-        local_rank=launch.local_rank, host=os.uname().nodename, ended=ended, timing=timing,
+        local_rank=launch.local_rank, local_world_size=launch.local_world_size, host=os.uname().nodename,
+        ended=ended, timing=timing,
     )  # fmt: skip
 
 

@@ -49,14 +49,23 @@ class ParallelContext:
         return self.rank == 0
 
 
-def start_processes(backend: str, *, rank: int, world_size: int, init_method: str, timeout_minutes: int) -> None:
-    """Join the default process group. Gloo stands beside a device backend for CPU tensors."""
+def start_processes(
+    backend: str,
+    *,
+    rank: int,
+    world_size: int,
+    timeout_minutes: int,
+    init_method: str | None = None,
+    store: dist.Store | None = None,
+) -> None:
+    """Join the default process group, by a store or an address of one. Gloo stands beside a device backend for CPU."""
     spec = backend if backend == "gloo" else f"cpu:gloo,{'cuda' if backend == 'nccl' else 'npu'}:{backend}"
     dist.init_process_group(
         spec,
         rank=rank,
         world_size=world_size,
         init_method=init_method,
+        store=store,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
 

@@ -21,6 +21,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from modellink_lora.parallel.siblings import identity, watch_siblings
+
 _LAUNCHER_SECONDS = 2.0  # a launcher's death closes the store too; who watches the launcher has the better line
 LEFT = "left"  # instead of a beat: this rank has finished its work
 
@@ -49,7 +51,7 @@ class Liveness:
 
     Args:
         address, port: of the store that the processes met at.
-        local_rank: among the processes of this host, whose ranks follow each other.
+        local_rank, local_world_size: among the processes of this host, whose ranks follow each other.
         ended: called as (line, status, speak) to end this process, from a thread; it must not return.
     """
 
@@ -61,6 +63,7 @@ class Liveness:
         rank: int,
         world_size: int,
         local_rank: int,
+        local_world_size: int,
         host: str,
         ended: Callable[[str, int, bool], NoReturn],
         timing: Timing,
@@ -89,14 +92,18 @@ class Liveness:
         self._looked = 0.0  # when the beats of others were last looked at
         self._values: dict[int, str] = {}  # what was read then, by rank, and for how many looks it has stood
         self._silent: dict[int, int] = {}
+        self._known = ""  # why a sibling has ended
         self._spoken = False  # this process has its own reason to end
         self._wish: tuple[str, str] | None = None  # (key, value) that another thread wants written
         self._wished, self._written = threading.Lock(), threading.Event()
         self._first = True
         self._wake = threading.Event()
         self._closing = self._leaving = False
+        first = rank - local_rank
+        siblings = self._identities(start[0], range(first, min(first + local_world_size, world_size)))
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+        watch_siblings(siblings, self._sibling_ended)
         threading.Thread(target=self._guard, name="heartbeat guard", daemon=True).start()
 
     def alarm(self) -> None:
@@ -125,6 +132,20 @@ class Liveness:
         self._wake.set()
         self._thread.join(self.timing.patience if self.rank else None)
 
+    def _identities(self, start: str, ranks: Sequence[int]) -> dict[int, str]:
+        """Which processes the other ranks of this host are."""
+        keys = {each: f"liveness/{start}/process/{each}" for each in ranks}
+        self._store.set(keys.pop(self.rank), identity())
+        return {each: self._store.get(key).decode() for each, key in keys.items()}
+
+    def _sibling_ended(self, rank: int, by: str | None) -> None:
+        """Tell why at once if a signal ended it. Else it has told itself, or its silence will."""
+        if by is None or self._closing:
+            return
+        self._known = f"error: rank {rank} on host {self.host} is gone: ended by {by}; the job ends"
+        if not self._spoken and self._write(self._verdict, f"{self._node}\n{self._known}"):
+            self._ended(self._known, 1, True)
+
     def _name(self, start: str, world_size: int) -> None:
         self._verdict, self._alarm = (f"liveness/{start}/{key}" for key in ("verdict", "alarm"))
         self._beats = [f"liveness/{start}/beat/{rank}" for rank in range(world_size)]
@@ -147,7 +168,8 @@ class Liveness:
         except RuntimeError as error:  # of the store: the connection is closed
             if not self._leaving:
                 time.sleep(_LAUNCHER_SECONDS)
-                self._ended(f"{self._store_lost}has closed ({str(error).splitlines()[0]})", 1, self._speaks_of_store)
+                closed = f"{self._store_lost}has closed ({str(error).splitlines()[0]})"
+                self._ended(self._known or closed, 1, self._speaks_of_store)
 
     def _round(self) -> bool:
         """One exchange with the store; False when it was the last."""

@@ -31,13 +31,19 @@ sys.exit(max(abs(process.wait()) for process in started))
 
 
 class Job:
-    """A command of this repository that runs in the background; what it prints is kept in a file."""
+    """A command of this repository that runs in the background; what it prints is kept in a file.
 
-    def __init__(self, *words: object, log: Path, launcher: tuple[str, ...] = TORCHRUN) -> None:
+    Args:
+        inside: words that go before the whole command.
+    """
+
+    def __init__(
+        self, *words: object, log: Path, launcher: tuple[str, ...] = TORCHRUN, inside: tuple[str, ...] = ()
+    ) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, *map(str, words)],
+                [*inside, sys.executable, *launcher, *map(str, words)],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=file,

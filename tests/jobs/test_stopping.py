@@ -73,6 +73,7 @@ def test_rank_0_that_takes_the_store_with_it_is_named(tmp_path: Path) -> None:
         kill(job.workers()[0], signal.SIGKILL)
         assert job.ends(within=20) != 0
         (line,) = our_lines(job)
+        # nobody can tell by which signal: the one who started it has collected it at once
         assert line.startswith(f"error: rank 0 on host {HOST} or its launcher is gone: the job's store at ")
         assert job.text.endswith(f"{line}\n") and "gloo" not in job.text  # c10d's own warning comes before
 
@@ -84,9 +85,7 @@ def test_a_killed_rank_is_named_instead_of_a_broken_socket(tmp_path: Path, rank:
         kill(job.workers()[rank], signal.SIGKILL)
         assert job.ends(within=20) != 0
         lines = [line for line in our_lines(job) if not line.startswith("SIG")]
-        assert lines == [f"error: rank {rank} on host {HOST} is gone: no sign of life for 1.5 s; the job ends"], (
-            job.text
-        )
+        assert lines == [f"error: rank {rank} on host {HOST} is gone: ended by SIGKILL; the job ends"], job.text
         assert "Signal 9 (SIGKILL)" in job.text, "torchrun knows the signal"
         assert "Traceback" not in job.text.split("torch/distributed")[0] and "gloo" not in job.text
 
