@@ -18,6 +18,7 @@ from tests.helpers.hosts import Network, Unavailable, network
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel")
 TASKS = 4  # that fit on one host at the same time
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 # jobs of the partition `urgent` push those of the other one out of their hosts, which SIGTERM announces by 30 s
 _SETTINGS = """
 ClusterName=test
@@ -34,7 +35,7 @@ ProctrackType=proctrack/linuxproc
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=1,bf_interval=1,requeue_delay=1
+SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
@@ -53,18 +54,14 @@ class Slurm:
     network: Network
     folder: Path
 
-    def run(self, *words: object, **environment: object) -> str:
-        """A command, with these variables beside those of the test."""
-        variables = [f"{name}={value}" for name, value in environment.items()]
-        first = self.network.hosts[0]
-        command = [*first.enter, f"SLURM_CONF={self.folder}/slurm.conf", *variables, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    def run(self, *words: object, at: Path | None = None, **variables: object) -> str:
+        """What a command prints; in the folder `at` and with these variables alone, if they are given."""
+        first = (*self.network.hosts[0].enter, *((f"--chdir={at}",) if at else ()))
+        command = [*first, f"SLURM_CONF={self.folder}/slurm.conf", *map(str, words)]
+        environment = {name: str(value) for name, value in variables.items()} or None
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}\n{self.logs()}"
         return done.stdout.strip()
-
-    def submit(self, script: Path, *flags: object, **environment: object) -> str:
-        """sbatch; the number of the job."""
-        return self.run("sbatch", "--parsable", *flags, script, **environment)
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -78,12 +75,18 @@ class Slurm:
         except AssertionError:
             return 0
 
-    def until(self, there: Callable[[], object], *, seconds: float, log: Path | None = None) -> None:
+    def until(self, there: Callable[[], object], *, seconds: float, job: str = "") -> None:
+        """Wait for a condition; `job` must not end before."""
         limit = time.monotonic() + seconds
         while not there():
-            said = log.read_text(errors="replace")[-6000:] if log and log.is_file() else ""
-            assert time.monotonic() < limit, f"{self.run('squeue', '--all')}\n{said}\n{self.logs()}"
+            ended = job and self.job(job)["JobState"] in ENDED and not there()
+            if ended or time.monotonic() > limit:
+                raise AssertionError(self.log(job) if job else self.logs())
             time.sleep(0.2)
+
+    def log(self, job: str) -> str:
+        path = Path(self.job(job)["StdOut"])
+        return path.read_text(errors="replace") if path.is_file() else ""
 
     def logs(self) -> str:
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in self.folder.glob("*.log"))

@@ -128,8 +128,24 @@ def test_the_layout_of_a_script_fits_its_devices_at_full_length(script: str, mod
     assert most < DEVICE_BYTES, f"{most / 1e9:.1f} GB"
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
-    scripts = [*EXAMPLES.rglob("*.sh"), *ROOT.joinpath("tests").rglob("*.sh"), ROOT / ".ci/run"]
+def kind(script: str) -> tuple[str, ...]:
+    """What scripts have in common that differ in names and numbers only."""
+    words = Path(script).stem.split("_")
+    return script.partition("/")[0], words[0], words[3] if "convert" in words else "", str("lora" in words)
+
+
+FIRST_OF_KIND = list({kind(script): EXAMPLES / script for script in SCRIPTS}.values())
+
+
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        [*FIRST_OF_KIND, *EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sh"), ROOT / ".ci/run"],
+        pytest.param([path for path in EXAMPLES.rglob("*.sh") if path not in FIRST_OF_KIND], marks=pytest.mark.slow),
+    ],
+    ids=["one of a kind", "the others"],
+)
+def test_shellcheck_has_nothing_to_say(scripts: list[Path]) -> None:
     done = subprocess.run(
         ["shellcheck", *map(str, scripts)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
