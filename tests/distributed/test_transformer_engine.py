@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +155,37 @@ def test_fused_adam_resumes_bit_for_bit_and_reads_what_pytorchs_adamw_left(bases
     tune("pytorch", 3, double=False)
     assert tune("after pytorch", 6, double=True, resume="pytorch") == pytest.approx(whole[3:], rel=1e-5)
     assert tune("back", 6, double=False, resume="half") == pytest.approx(whole[3:], rel=1e-5)
+
+
+def why_no_gpu(processes: int) -> str:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    found = torch.cuda.device_count()
+    return "" if found >= processes else f"needs {processes} GPUs, torch sees {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp"])
+def test_on_gpus_the_real_package_trains_what_the_local_layers_train(
+    layout: str, bases: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    parallel = LAYOUTS.get(layout, {})
+    processes = parallel.get("tensor_model_parallel_size", 1)
+    if reason := why_no_gpu(processes):
+        pytest.skip(reason)
+    base = base_of(bases, "llama")
+    arguments = {
+        "train": {**train_flags(load=str(base), train_iters=2, global_batch_size=2, bf16=True), "device": "cuda"},
+        "data": {"data_path": [str(bases / "data")], "seq_length": 32},
+        "parallel": parallel,
+        "lora": {"r": 3, "alpha": 6.0, "target_modules": TARGETS, "dropout": 0.1},
+    }
+    program = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "tests.helpers.te_gpu_program"]
+    command = [sys.executable, *program, str(tmp_path / "traces"), json.dumps(arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    traces = torch.load(tmp_path / "traces", weights_only=True)
+    one, other = traces["transformer_engine"], traces["local"]
+    assert not one["stopped"] and one["losses"] == pytest.approx(other["losses"], rel=1e-2)
+    for name, gradient in other["gradients"].items():  # 8 bits, and norms that are rounded at another place
+        assert (one["gradients"][name] - gradient).norm() < 0.05 * gradient.norm(), name

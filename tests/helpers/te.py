@@ -20,10 +20,16 @@ def trace_of(
     parallel: dict[str, Any],
     lora: dict[str, Any],
     mutant: str | None = None,
+    gpu: int | None = None,
 ) -> dict[str, Any]:
-    """Losses and gradient norms of the steps, gradients of the first and what all changed, in full on rank 0."""
+    """Losses and gradient norms of the steps, gradients of the first and what all changed, in full on rank 0.
+
+    Args:
+        gpu: of this process; None for the double on the CPU.
+    """
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
+    from modellink_lora.device import get_device
     from modellink_lora.device.cpu import CpuDevice
     from modellink_lora.parallel.context import make_context
     from modellink_lora.training.assembly import open_inputs
@@ -34,8 +40,8 @@ def trace_of(
 
         runs_transformer_engine = True
 
-    device = Pretending()
-    here = device.activate(0)
+    device = Pretending() if gpu is None else get_device("cuda")
+    here = device.activate(gpu or 0)
     config = TrainConfig(**train, transformer_impl=transformer_impl)
     context = make_context(ParallelConfig(**parallel), here)
     with mutated(mutant):
