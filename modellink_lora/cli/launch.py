@@ -61,8 +61,8 @@ _DEFAULTS = {
     "npu": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "3600"},
 }
 # One hardware queue keeps a communication kernel in front of the product it should overlap with, on GPUs before
-# Blackwell. Only CCLoRA overlaps them here: with frozen weights megatron-core's linears wait for their collectives.
-# Elsewhere one queue would only take overlap away.
+# Blackwell. CCLoRA overlaps them, and Transformer Engine asks for it; with frozen weights megatron-core's own linears
+# wait for their collectives. Elsewhere one queue would only take overlap away.
 _OVERLAPPING = {"cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
 _DETERMINISTIC = {"cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "npu": {"HCCL_DETERMINISTIC": "true"}}
 

@@ -95,7 +95,7 @@ def test_losses_gradients_and_adapters_are_those_of_the_local_layers(layout: str
     assert_same(trace(base, "transformer_engine", layout), local(base, layout))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=pytest.mark.slow), "tp2-sp"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_notices(mutant: str, layout: str, bases: Path) -> None:
     base = base_of(bases, "llama")
