@@ -62,18 +62,24 @@ class Launch:
 
 # What kernels and communication libraries read from the environment, by device.
 _DEFAULTS = {
-    # one hardware queue keeps a communication kernel in front of the computation it should overlap with;
-    # megatron-core asks for it when tensor parallel gradients are reduced asynchronously
-    "cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
     # seconds: building and loading operators at the first step takes longer than HCCL waits by itself
     "npu": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "3600"},
 }
+# One hardware queue keeps a communication kernel in front of the product it should overlap with, on GPUs before
+# Blackwell. CCLoRA overlaps them, and Transformer Engine asks for it; with frozen weights megatron-core's own linears
+# wait for their collectives. Elsewhere one queue would only take overlap away.
+_OVERLAPPING = {"cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
 _DETERMINISTIC = {"cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "npu": {"HCCL_DETERMINISTIC": "true"}}
 
 
-def set_environment_defaults(device: str, *, deterministic: bool = False) -> None:
-    """Set these where the user has not. Call before the device is first used."""
+def set_environment_defaults(device: str, *, deterministic: bool = False, overlapping: bool = False) -> None:
+    """Set these where the user has not. Call before the device is first used.
+
+    Args:
+        overlapping: collectives of tensor-parallel ranks run beside the products of the same linear.
+    """
     wanted = _DEFAULTS.get(device, {}) | (_DETERMINISTIC.get(device, {}) if deterministic else {})
+    wanted |= _OVERLAPPING.get(device, {}) if overlapping else {}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

@@ -44,6 +44,7 @@ def joined(
     device: str,
     timeout_minutes: int,
     deterministic: bool = False,
+    overlapping: bool = False,
     stop: Stop | None = None,
     timing: Timing | None = None,
 ) -> Iterator[tuple[Device, torch.device]]:
@@ -53,11 +54,12 @@ def joined(
 
     Args:
         device: a device's name, or "auto" for what the environment says.
+        overlapping: see `set_environment_defaults`.
         stop: the wish to stop, which then also looks at the other processes.
         timing: of the heartbeat.
     """
     chosen = get_device(device if device != "auto" else launch.device)
-    set_environment_defaults(chosen.name, deterministic=deterministic)
+    set_environment_defaults(chosen.name, deterministic=deterministic, overlapping=overlapping)
     # megatron-core warns about optional GPU libraries at every start; none of them is used here
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core")

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
             device=train.device,
             timeout_minutes=train.distributed_timeout_minutes,
             deterministic=train.deterministic,
+            overlapping=train.overlaps_products and parallel.tensor_model_parallel_size > 1,
             stop=stop,
         ) as (device, here),
         one_writer(launch, save),

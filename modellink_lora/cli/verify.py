@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for layout in (parallel, *verification.layouts()):
         layout.data_parallel_size(launch.world_size)
     minutes = train.distributed_timeout_minutes
-    with joined(launch, device=train.device, timeout_minutes=minutes, deterministic=train.deterministic) as joint:
+    overlapping = train.overlaps_products and parallel.tensor_model_parallel_size > 1
+    with joined(
+        launch, device=train.device, timeout_minutes=minutes, deterministic=train.deterministic, overlapping=overlapping
+    ) as joint:
         from modellink_lora.verification.verify import verify
 
         if launch.is_first:

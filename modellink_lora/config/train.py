@@ -206,6 +206,11 @@ class TrainConfig:
         """Dtype of weights and activations: fp32 unless a flag says otherwise."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
+    @property
+    def overlaps_products(self) -> bool:
+        """Whether linears may run their products beside tensor-parallel collectives."""
+        return self.lora_fusion or self.transformer_impl == "transformer_engine"
+
     def fused_collectives(self, kind: str) -> bool:
         """Whether products and collectives are asked for as one operator on devices of `kind`."""
         return self.lora_fusion and {"npu": self.use_mc2, "cuda": self.use_symmetric_memory}.get(kind, False)

@@ -1,7 +1,7 @@
 """apex's fused RMSNorm, taken only where it gives what ours gives: both run once on the device before anything else.
 
 It rounds as ours does, to x's dtype before the weight. Transformer Engine's and PyTorch's own fused kernels round once,
-after the weight; with 16 bits about a third of all elements then come out a unit apart, so they are not taken.
+after the weight; with 16 bits about a quarter of all elements then come out a unit apart, so they are not taken.
 """
 
 from __future__ import annotations

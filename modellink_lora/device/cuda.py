@@ -88,8 +88,7 @@ class CudaDevice(Device):
     ) -> Tensor:  # fmt: skip
         """As Device.attention. Keys and values are repeated for their queries where no fused kernel shares them.
 
-        Shared, they would be computed by PyTorch's unfused kernel there, which keeps [s, l] scores of every head. The
-        kernels that share are flash, for 16 bits and without a mask, and cuDNN's.
+        Shared, they would be computed by PyTorch's unfused kernel there, which keeps [s, l] scores of every head.
         """
         repeat = q.shape[1] // k.shape[1]
         if repeat > 1 and not (where is None and shares_keys(q, k, v, causal=causal)):
@@ -129,6 +128,9 @@ def attention_kernels() -> str:
 
 
 def shares_keys(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> bool:
-    """Whether a fused kernel takes fewer heads of keys and values than of queries, by PyTorch's own answer."""
-    params = backends.SDPAParams(q, k, v, None, 0.0, causal, True)
-    return backends.can_use_flash_attention(params) or backends.can_use_cudnn_attention(params)
+    """Whether a fused kernel will take fewer heads of keys and values than of queries, by PyTorch's own answer.
+
+    That is so where flash can: the memory-efficient kernel shares none, and cuDNN's, which does, stands behind the
+    unfused one in PyTorch's order unless it stands before flash.
+    """
+    return backends.can_use_flash_attention(backends.SDPAParams(q, k, v, None, 0.0, causal, True))

@@ -79,11 +79,13 @@ def summary_rows(
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in most.items() if name != "total")
     stages = f" (stage {memory.index(most)}, the largest)" if len(memory) > 1 else ""
     beyond = ", ".join(config.beyond_llama())
+    by_te = train.transformer_impl == "transformer_engine"
     caution = f"; {beyond} is not in this estimate, which knows Llama's layers" if beyond else ""
     return [
         ("model", f"{config.hf_model_type}, {config.num_layers} layers, hidden {config.hidden_size}, "
                   f"{config.parameter_count():,} parameters, from {base.root or 'random weights'}"),
         ("device", device.describe()),
+        *([("layers", "linears and norms by Transformer Engine, attention by the device's kernels")] if by_te else ()),
         ("layout", f"{context.world_size} processes = TP {context.tp_size}{sp} x PP {context.pp_size} "
                    f"(layers {partition.describe()}) x DP {context.dp_size}"),
         ("dtype", f"weights {train.dtype}, adapters {lora.dtype or train.dtype}, gradients and masters fp32"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.spawn import run
-from tests.helpers.te import MUTANTS, trace_of
+from tests.helpers.te import MUTANTS, trace_of, verify_here
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import (
     TARGETS,
@@ -91,7 +95,7 @@ def test_losses_gradients_and_adapters_are_those_of_the_local_layers(layout: str
     assert_same(trace(base, "transformer_engine", layout), local(base, layout))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2", marks=pytest.mark.slow), "tp2-sp"])
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_comparison_notices(mutant: str, layout: str, bases: Path) -> None:
     base = base_of(bases, "llama")
@@ -124,30 +128,93 @@ def test_settings_of_a_run_hold_for_its_layers_too(settings: dict[str, Any], lay
     assert_same(found, trace(base, "local", layout, **settings))
 
 
+def job(base: Path, save: Path, iterations: int, *, resume: Path | None = None, **train: Any) -> list[float]:
+    """Losses of the whole job at TP 2 with SP, the double at hand unless `bare`."""
+    bare = train.pop("bare", False)
+    settings = {"train_iters": iterations, "global_batch_size": 2, "lora_load": str(resume) if resume else None}
+    run(
+        fine_tune_with_double if not bare else fine_tune_here,
+        world_size=2,
+        double=not bare,
+        train=train_flags(load=str(base), save=str(save), **settings, **train),
+        data={"data_path": (str(base.parent / "data"),), "seq_length": 32},
+        parallel=LAYOUTS["tp2-sp"],
+        lora={} if resume else {"r": 3, "alpha": 6.0, "target_modules": TARGETS},
+    )
+    return losses(save)
+
+
+def fine_tune_with_double(**arguments: Any) -> None:
+    fine_tune_here(**arguments, double=True)
+
+
 @pytest.mark.slow  # tests/unit/training/test_fused_adam.py is its short sibling
 def test_fused_adam_resumes_bit_for_bit_and_reads_what_pytorchs_adamw_left(bases: Path, tmp_path: Path) -> None:
     base = base_of(bases, "llama")
-
-    def tune(save: str, iterations: int, *, double: bool, resume: str | None = None) -> list[float]:
-        run(
-            fine_tune_here,
-            world_size=2,
-            double=double,
-            train=train_flags(
-                load=str(base), save=str(tmp_path / save), train_iters=iterations, global_batch_size=2,
-                lora_load=str(tmp_path / resume) if resume else None,
-            ),
-            data={"data_path": (str(bases / "data"),), "seq_length": 32},
-            parallel=LAYOUTS["tp2-sp"],
-            lora={} if resume else {"r": 3, "alpha": 6.0, "target_modules": TARGETS},
-        )  # fmt: skip
-        return losses(tmp_path / save)
-
-    whole = tune("whole", 6, double=True)
-    tune("half", 3, double=True)
-    assert tune("rest", 6, double=True, resume="half") == whole[3:]
+    whole = job(base, tmp_path / "whole", 6)
+    job(base, tmp_path / "half", 3)
+    assert job(base, tmp_path / "rest", 6, resume=tmp_path / "half") == whole[3:]
     exact, rest = adapter_tensors(tmp_path / "whole"), adapter_tensors(tmp_path / "rest")
     assert all(torch.equal(rest[name], exact[name]) for name in exact)
-    tune("pytorch", 3, double=False)
-    assert tune("after pytorch", 6, double=True, resume="pytorch") == pytest.approx(whole[3:], rel=1e-5)
-    assert tune("back", 6, double=False, resume="half") == pytest.approx(whole[3:], rel=1e-5)
+    job(base, tmp_path / "pytorch", 3, bare=True)
+    after = job(base, tmp_path / "after", 6, resume=tmp_path / "pytorch")
+    back = job(base, tmp_path / "back", 6, resume=tmp_path / "half", bare=True)
+    assert after == pytest.approx(whole[3:], rel=1e-5) and back == pytest.approx(whole[3:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_other_implementation(bases: Path, tmp_path: Path) -> None:
+    base, te = base_of(bases, "llama"), {"transformer_impl": "transformer_engine"}
+    whole = job(base, tmp_path / "whole", 6)
+    job(base, tmp_path / "te", 3, **te)
+    job(base, tmp_path / "local", 3)
+    assert job(base, tmp_path / "te-local", 6, resume=tmp_path / "te") == pytest.approx(whole[3:], rel=1e-5)
+    assert job(base, tmp_path / "local-te", 6, resume=tmp_path / "local", **te) == pytest.approx(whole[3:], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_verify_compares_it_with_the_local_layers(bases: Path) -> None:
+    good, said = run(
+        verify_here,
+        world_size=2,
+        double=True,
+        train=train_flags(load=str(base_of(bases, "llama")), transformer_impl="transformer_engine"),
+        data={"data_path": (str(bases / "data"),), "seq_length": 32},
+        parallel=LAYOUTS["tp2-sp"],
+        lora={"r": 3, "alpha": 6.0, "target_modules": TARGETS},
+    )[0]
+    assert good and "plain" in said, said
+
+
+def why_no_gpu(processes: int) -> str:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    found = torch.cuda.device_count()
+    return "" if found >= processes else f"needs {processes} GPUs, torch sees {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2-sp"])
+def test_on_gpus_the_real_package_trains_what_the_local_layers_train(
+    layout: str, bases: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    parallel = LAYOUTS.get(layout, {})
+    processes = parallel.get("tensor_model_parallel_size", 1)
+    if reason := why_no_gpu(processes):
+        pytest.skip(reason)
+    base = base_of(bases, "llama")
+    arguments = {
+        "train": {**train_flags(load=str(base), train_iters=2, global_batch_size=2, bf16=True), "device": "cuda"},
+        "data": {"data_path": [str(bases / "data")], "seq_length": 32},
+        "parallel": parallel,
+        "lora": {"r": 3, "alpha": 6.0, "target_modules": TARGETS, "dropout": 0.1},
+    }
+    program = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "tests.helpers.te_gpu_program"]
+    command = [sys.executable, *program, str(tmp_path / "traces"), json.dumps(arguments)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    traces = torch.load(tmp_path / "traces", weights_only=True)
+    one, other = traces["transformer_engine"], traces["local"]
+    assert not one["stopped"] and one["losses"] == pytest.approx(other["losses"], rel=1e-2)
+    for name, gradient in other["gradients"].items():  # 8 bits, and norms that are rounded at another place
+        assert (one["gradients"][name] - gradient).norm() < 0.05 * gradient.norm(), name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,33 @@ from typing import Any
 import torch
 
 MUTANTS = ("the adapter reads what was not normed", "the adapter's gather is forgotten")
+
+
+def pretending() -> Any:
+    """A CPU for the double."""
+    from modellink_lora.device.cpu import CpuDevice
+
+    class Pretending(CpuDevice):
+        runs_transformer_engine = True
+
+    return Pretending()
+
+
+def verify_here(
+    *, train: dict[str, Any], data: dict[str, Any], parallel: dict[str, Any], lora: dict[str, Any]
+) -> tuple[bool, str]:  # fmt: skip
+    """`modellink-lora verify` in this world: its verdict, and what it said."""
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.config.train import TrainConfig
+    from modellink_lora.config.verify import VerifyConfig
+    from modellink_lora.verification.verify import verify
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        good = verify(
+            VerifyConfig(), train=TrainConfig(**train), data_flags=data, parallel=ParallelConfig(**parallel),
+            model_flags={}, lora_flags=lora, device=pretending(), torch_device=torch.device("cpu"),
+        )  # fmt: skip
+    return good, said.getvalue()
 
 
 def trace_of(
@@ -20,22 +49,22 @@ def trace_of(
     parallel: dict[str, Any],
     lora: dict[str, Any],
     mutant: str | None = None,
+    gpu: int | None = None,
 ) -> dict[str, Any]:
-    """Losses and gradient norms of the steps, gradients of the first and what all changed, in full on rank 0."""
+    """Losses and gradient norms of the steps, gradients of the first and what all changed, in full on rank 0.
+
+    Args:
+        gpu: of this process; None for the double on the CPU.
+    """
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
-    from modellink_lora.device.cpu import CpuDevice
+    from modellink_lora.device import get_device
     from modellink_lora.parallel.context import make_context
     from modellink_lora.training.assembly import open_inputs
     from modellink_lora.verification.run import run_layout
 
-    class Pretending(CpuDevice):
-        """A CPU for the double."""
-
-        runs_transformer_engine = True
-
-    device = Pretending()
-    here = device.activate(0)
+    device = pretending() if gpu is None else get_device("cuda")
+    here = device.activate(gpu or 0)
     config = TrainConfig(**train, transformer_impl=transformer_impl)
     context = make_context(ParallelConfig(**parallel), here)
     with mutated(mutant):

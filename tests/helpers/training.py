@@ -46,12 +46,19 @@ def fine_tune_here(
     lora: dict[str, Any],
     model: dict[str, Any] | None = None,
     mutant: str | None = None,
+    double: bool = False,
 ) -> None:
-    """Run the whole job in this world's process group; `mutant` names a deliberate error, see `mutated`."""
+    """Run the whole job in this world's process group.
+
+    Args:
+        mutant: a deliberate error, see `mutated`.
+        double: on a device that takes the double of Transformer Engine.
+    """
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
     from modellink_lora.device import get_device
     from modellink_lora.training.job import fine_tune
+    from tests.helpers.te import pretending
 
     with mutated(mutant):
         fine_tune(
@@ -60,7 +67,7 @@ def fine_tune_here(
             parallel=ParallelConfig(**parallel),
             model_flags=model or {},
             lora_flags=lora,
-            device=get_device("cpu"),
+            device=pretending() if double else get_device("cpu"),
             torch_device=torch.device("cpu"),
         )
 

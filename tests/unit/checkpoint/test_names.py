@@ -43,3 +43,10 @@ def test_unknown_names_are_an_error(path: tuple[str, ...]) -> None:
 def test_a_shared_experts_gate_goes_by_its_name_in_files() -> None:
     name = "decoder.layers.3.mlp.shared_expert_gate.weight"
     assert from_module("decoder.layers.3.mlp.shared_experts.gate_weight") == from_module(name) == name
+
+
+def test_a_norm_inside_a_linear_has_the_name_of_one_before_it() -> None:
+    qkv, fc1 = "decoder.layers.3.self_attention.linear_qkv", "decoder.layers.3.mlp.linear_fc1"
+    assert from_module(f"{qkv}.layer_norm_weight") == "decoder.layers.3.input_layernorm.weight"
+    assert from_module(f"{fc1}.layer_norm_bias") == "decoder.layers.3.pre_mlp_layernorm.bias"
+    assert from_module(f"{qkv}.weight") == f"{qkv}.weight"

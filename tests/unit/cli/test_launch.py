@@ -45,10 +45,11 @@ def test_environment_defaults_give_way_to_the_user(monkeypatch: pytest.MonkeyPat
     import os
 
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    set_environment_defaults("cuda")
+    set_environment_defaults("cuda", overlapping=True)
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    set_environment_defaults("cpu")
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+    set_environment_defaults("cpu", overlapping=True)
     set_environment_defaults("cuda")
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ, "one queue where nothing overlaps takes speed away"
+    set_environment_defaults("cuda", overlapping=True)
     assert os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS") == "1"

@@ -62,3 +62,10 @@ def test_settings_that_cannot_be_meant_are_refused(values: dict[str, Any], messa
 def test_data_settings_that_cannot_be_meant_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SftDataConfig(**{"data_path": ("a",), "seq_length": 32, **values})
+
+
+def test_linears_overlap_with_collectives_in_the_fused_path_and_in_transformer_engine() -> None:
+    given = {"train_iters": 1, "lr": 1e-3}
+    assert not TrainConfig(**given).overlaps_products
+    assert TrainConfig(**given, lora_fusion=True).overlaps_products
+    assert TrainConfig(**given, transformer_impl="transformer_engine").overlaps_products

@@ -11,7 +11,7 @@ from transformer_engine.pytorch.modules import LayerNorm, LayerNormLinear, Linea
 
 
 class _NotDoubled(torch.nn.Module):
-    """Here so that classes can be derived from it."""
+    """Here so that classes can be derived from it, and modules compared with it, as PEFT does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(f"{type(self).__mro__[1].__name__} has no double")
@@ -21,6 +21,9 @@ class DotProductAttention(_NotDoubled): ...
 
 
 class GroupedLinear(_NotDoubled): ...
+
+
+class LayerNormMLP(_NotDoubled): ...
 
 
 class _CudaRNGStatesTracker: ...
@@ -33,6 +36,7 @@ __all__ = [
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
+    "LayerNormMLP",
     "Linear",
     "RMSNorm",
     "distributed",
