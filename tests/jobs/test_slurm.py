@@ -67,7 +67,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         with cluster(2, root) as slurm:
             folder = enter_repository(tmp_path_factory.mktemp("checkout"))
             hf_to_megatron(tiny_model("llama", folder / "hf", tokenizer=True), folder / "base")
-            write_corpus(folder / "data")
+            write_corpus(folder / "data", tokenizer=str(folder / "hf"))
             yield Site(slurm, folder)
     except Unavailable as reason:
         pytest.skip(str(reason))
