@@ -109,6 +109,7 @@ def test_a_preempted_job_saves_requeues_itself_and_ends_like_one_that_was_not(si
     same(save, straight(site, "straight", TP=2, GPUS_PER_NODE=2))
 
 
+@pytest.mark.slow
 def test_bad_input_is_not_put_back_into_the_queue(site: Site) -> None:
     job = site.submit("tune_torchrun.sh", *FLAGS, "--lora-r", 0, **site.variables("bad", TP=2))
     assert "--lora-r" in site.ends(job, well=False)
