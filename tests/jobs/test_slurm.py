@@ -51,8 +51,8 @@ class Site:
 
     def requeued(self, job: str) -> None:
         """Wait until it is, and spare it the two minutes for which SLURM then holds a job back."""
-        self.slurm.until(lambda: self.slurm.job(job)["Restarts"] != "0", seconds=60, job=job)
-        assert self.slurm.job(job)["Restarts"] == "1"
+        waits = {"Restarts": "1", "JobState": "PENDING"}
+        self.slurm.until(lambda: waits.items() <= self.slurm.job(job).items(), seconds=60)
         self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
