@@ -92,7 +92,8 @@ _start() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's own default; else every process takes every core
     if [ -n "${LOG:-}" ]; then
         mkdir -p "$(dirname "$LOG")"
-        exec "${words[@]}" > >(exec tee -i -a "$LOG") 2>&1
+        # SLURM's SIGTERM reaches this tee too: without it, the program could not print any more, and so not save
+        exec "${words[@]}" > >(trap '' HUP INT TERM USR1 && exec tee -a "$LOG") 2>&1
     fi
     exec "${words[@]}"
 }

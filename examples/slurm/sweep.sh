@@ -27,4 +27,5 @@ rate=${rates[element / ${#ranks[@]}]} rank=${ranks[element % ${#ranks[@]}]}
 export CKPT_SAVE_DIR=$SWEEP_DIR/lr-$rate-r-$rank LOG=$SWEEP_DIR/lr-$rate-r-$rank.log
 
 source examples/slurm/step.sh
-step bash "$TUNE" --lr "$rate" --lora-r "$rank" --lora-alpha $((2 * rank)) "$@"
+# the grid comes last: it is what the element is about
+step bash "$TUNE" "$@" --lr "$rate" --lora-r "$rank" --lora-alpha $((2 * rank))

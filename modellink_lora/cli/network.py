@@ -1,4 +1,4 @@
-"""Which network interface this host shares with the others of its job, and what is wrong when they do not meet."""
+"""Which network interface this host shares with the others of its job."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import socket
 from typing import Any
 
 import psutil
-import torch.distributed as dist
 
 from modellink_lora.cli.launch import Launch
 from modellink_lora.config.errors import UserError
 
-_GLOO = "GLOO_SOCKET_IFNAME"
+GLOO = "GLOO_SOCKET_IFNAME"
 _ANYWHERE = "192.0.2.1"  # an address that belongs to nobody: the way there is the default route
 
 
@@ -22,8 +21,8 @@ def set_network_defaults(launch: Launch) -> None:
     By itself gloo takes the address that the host's own name stands for. On many machines that is 127.0.1.1, which the
     other hosts then look for on themselves.
     """
-    if launch.world_size > launch.local_world_size and not os.environ.get(_GLOO):
-        os.environ[_GLOO] = interface_toward(launch.master_address)
+    if launch.world_size > launch.local_world_size and not os.environ.get(GLOO):
+        os.environ[GLOO] = interface_toward(launch.master_address)
 
 
 def interface_toward(address: str) -> str:
@@ -54,27 +53,8 @@ def interface_toward(address: str) -> str:
         return outward.pop()
     raise UserError(
         f"{address} is this host itself, and which of its interfaces leads to the other hosts is unknown "
-        f"({', '.join(sorted(outward)) or 'none is up'}): set {_GLOO}, or give MASTER_ADDR as an IP address"
+        f"({', '.join(sorted(outward)) or 'none is up'}): set {GLOO}, or give MASTER_ADDR as an IP address"
     )
-
-
-def not_met(error: Exception, launch: Launch) -> UserError | None:
-    """What a failure to join the other processes means to the user; None if it is something else."""
-    said = " ".join(str(error).split())
-    if launch.world_size == launch.local_world_size:
-        return None
-    if "gloo" in said.lower() or "interface" in said:
-        return UserError(
-            f"rank {launch.rank} does not reach the others over {_GLOO}={os.environ.get(_GLOO)}: set it to the "
-            f"interface that the hosts share (`ip -br address` lists them), and let them connect to any port ({said})"
-        )
-    if isinstance(error, dist.DistError):
-        return UserError(
-            f"rank {launch.rank} does not meet the others at MASTER_ADDR={launch.master_address} "
-            f"MASTER_PORT={launch.master_port}: they must name the first host and a port free there, on every host "
-            f"({said})"
-        )
-    return None
 
 
 def _own_places() -> list[tuple[int, Any]]:

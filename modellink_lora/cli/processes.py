@@ -24,7 +24,7 @@ import torch.distributed as dist
 from modellink_lora.checkpoint.store import writing
 from modellink_lora.cli.ending import end
 from modellink_lora.cli.launch import Launch, set_environment_defaults
-from modellink_lora.cli.network import not_met, set_network_defaults
+from modellink_lora.cli.network import GLOO, set_network_defaults
 from modellink_lora.cli.signals import Stop
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import Device, get_device
@@ -118,6 +118,25 @@ def _start(backend: str, launch: Launch, timeout_minutes: int) -> dist.Store | N
     except RuntimeError as error:
         raise not_met(error, launch) or error from error
     return store
+
+
+def not_met(error: Exception, launch: Launch) -> UserError | None:
+    """What a failure to join the other processes means to the user; None if it is something else."""
+    said = " ".join(str(error).split())
+    if launch.world_size == launch.local_world_size:
+        return None
+    if "gloo" in said.lower() or "interface" in said:
+        return UserError(
+            f"rank {launch.rank} does not reach the others over {GLOO}={os.environ.get(GLOO)}: set it to the "
+            f"interface that the hosts share (`ip -br address` lists them), and let them connect to any port ({said})"
+        )
+    if isinstance(error, dist.DistError):
+        return UserError(
+            f"rank {launch.rank} does not meet the others at MASTER_ADDR={launch.master_address} "
+            f"MASTER_PORT={launch.master_port}: they must name the first host and a port free there, on every host "
+            f"({said})"
+        )
+    return None
 
 
 def _watched(launch: Launch, timing: Timing) -> Liveness:

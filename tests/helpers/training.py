@@ -16,12 +16,19 @@ import torch
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
-def write_corpus(prefix: Path, *, samples: int = 32, seed: int = 0, longest: int = 24, first_id: int = 0) -> str:
+def write_corpus(
+    prefix: Path, *, samples: int = 32, seed: int = 0, longest: int = 24, first_id: int = 0, tokenizer: str = ""
+) -> str:
     """Counting sequences with a question part that is not trained; returns the prefix for --data-path."""
     from modellink_lora.data.corpus import writing_corpus
 
+    made_with = {}
+    if tokenizer:
+        from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+        made_with["tokenizer_fingerprint"] = tokenizer_fingerprint(load_tokenizer(tokenizer, prompt_type="alpaca"))
     random = numpy.random.RandomState(seed)
-    with writing_corpus(str(prefix), {"prompt_type": "alpaca"}) as writer:
+    with writing_corpus(str(prefix), {"prompt_type": "alpaca", **made_with}) as writer:
         for _ in range(samples):
             length, start, step = random.randint(10, longest + 1), random.randint(0, 40), random.randint(1, 4)
             ids = [first_id + (start + step * i) % 8 for i in range(length)]

@@ -65,6 +65,12 @@ def same(save: Path, expected: Path) -> None:
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def as_debian_leaves_them(made: Network) -> None:
+    """Everybody's own name means 127.0.1.1."""
+    for host in made.hosts:
+        host.know({other.name: other.address for other in made.hosts} | {host.name: "127.0.1.1"})
+
+
 def ends_in_time(job: Fleet) -> list[list[str]]:
     began = time.monotonic()
     statuses = job.end(within=LIMIT + 60)
@@ -78,8 +84,7 @@ def test_two_hosts_train_like_one_and_when_one_vanishes_all_processes_end_naming
 ) -> None:
     save = tmp_path / "save"
     with hosts(2, tmp_path) as made:
-        for host in made.hosts:  # as Debian's installer leaves them: everybody's own name means 127.0.1.1
-            host.know({other.name: other.address for other in made.hosts} | {host.name: "127.0.1.1"})
+        as_debian_leaves_them(made)
         words = flags(source, save, **TP2_PP2, **{"train-iters": ENDLESS})
         with fleet(made.hosts, words, tmp_path, environment=["PATIENCE=12"]) as job:
             job.until(lambda: saved(save) >= 2)
@@ -105,11 +110,11 @@ def test_hosts_train_like_one(
     layout: dict[str, int],
     kind: str,
 ) -> None:
-    with (
-        hosts(count, tmp_path) as made,
-        fleet(made.hosts, flags(source, tmp_path / "save", **layout), tmp_path, kind=kind, program=PRODUCT) as job,
-    ):
-        assert job.end() == [0] * count, job.text
+    with hosts(count, tmp_path) as made:
+        as_debian_leaves_them(made)
+        words = flags(source, tmp_path / "save", **layout)
+        with fleet(made.hosts, words, tmp_path, kind=kind, program=PRODUCT) as job:
+            assert job.end() == [0] * count, job.text
     same(tmp_path / "save", straight(layout))
 
 

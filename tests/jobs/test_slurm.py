@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.helpers.tiny import tiny_model
 from tests.helpers.training import adapter_tensors, hf_to_megatron, losses, write_corpus
 
 TUNE = "examples/mcore/llama2/tune_llama2_7b_lora_ptd.sh"
+CONVERT = "examples/mcore/llama2/ckpt_convert_llama2_hf2mcore.sh"
 STEPS = 40
 
 
@@ -49,8 +51,8 @@ class Site:
 
     def requeued(self, job: str) -> None:
         """Wait until it is, and spare it the two minutes for which SLURM then holds a job back."""
-        self.slurm.until(lambda: self.slurm.job(job)["Restarts"] != "0", seconds=60, job=job)
-        assert self.slurm.job(job)["Restarts"] == "1"
+        waits = {"Restarts": "1", "JobState": "PENDING"}
+        self.slurm.until(lambda: waits.items() <= self.slurm.job(job).items(), seconds=60)
         self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
@@ -67,7 +69,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         with cluster(2, root) as slurm:
             folder = enter_repository(tmp_path_factory.mktemp("checkout"))
             hf_to_megatron(tiny_model("llama", folder / "hf", tokenizer=True), folder / "base")
-            write_corpus(folder / "data")
+            write_corpus(folder / "data", tokenizer=str(folder / "hf"))
             yield Site(slurm, folder)
     except Unavailable as reason:
         pytest.skip(str(reason))
@@ -107,7 +109,61 @@ def test_a_preempted_job_saves_requeues_itself_and_ends_like_one_that_was_not(si
     same(save, straight(site, "straight", TP=2, GPUS_PER_NODE=2))
 
 
+@pytest.mark.slow
 def test_bad_input_is_not_put_back_into_the_queue(site: Site) -> None:
     job = site.submit("tune_torchrun.sh", *FLAGS, "--lora-r", 0, **site.variables("bad", TP=2))
     assert "--lora-r" in site.ends(job, well=False)
     assert site.slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_one_task_a_rank_without_torchrun_is_stopped_and_goes_on_like_one_host(site: Site) -> None:
+    save, layout = site.folder / "ranks", {"TP": 2, "PP": 2}
+    job = site.submit("tune_srun.sh", *FLAGS, sbatch=("--ntasks-per-node=2",), **site.variables(save.name, **layout))
+    site.slurm.until(lambda: steps_of(save) >= 3, seconds=240, job=job)
+    site.slurm.run("scancel", "--signal=TERM", job)
+    site.requeued(job)
+    text = site.ends(job)
+    assert "stopping after iteration" in text and "torchrun" not in text
+    same(save, straight(site, "ranks-straight", **layout, GPUS_PER_NODE=4))
+
+
+@pytest.mark.slow
+def test_a_killed_task_ends_the_job_which_is_not_requeued_and_slurm_names_the_signal(site: Site) -> None:
+    save = site.folder / "killed"
+    job = site.submit("tune_srun.sh", *FLAGS, sbatch=("--ntasks-per-node=2",), **site.variables(save.name, TP=2))
+    site.slurm.until(lambda: steps_of(save) >= 3, seconds=240, job=job)
+    second = site.slurm.network.hosts[1]
+    second.run("bash", "-c", "grep -lz ^RANK=3 /proc/[0-9]*/environ | grep -o '[0-9]*' | xargs -n1 kill -9 || true")
+    began = time.monotonic()
+    text = site.ends(job, well=False)
+    assert time.monotonic() - began < 60
+    assert re.search(r"srun: error: node1: task 3: (Killed|Exited with exit code 137)", text), text
+    assert site.slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_not_put_back(site: Site) -> None:
+    save = site.folder / "cancelled"
+    job = site.submit("tune_torchrun.sh", *FLAGS, "--train-iters", 10000, **site.variables(save.name, TP=2))
+    site.slurm.until(lambda: steps_of(save) >= 3, seconds=240, job=job)
+    site.slurm.run("scancel", job)
+    text = site.ends(job, well=False)
+    site.slurm.until(lambda: not site.slurm.run("squeue", "--noheader"), seconds=60)
+    assert site.slurm.job(job)["Restarts"] == "0" and "back into the queue" not in text
+
+
+@pytest.mark.slow
+def test_a_conversion_is_a_job_that_a_sweep_can_wait_for(site: Site) -> None:
+    first = site.submit("convert.sh", HF_PATH="hf", CKPT_SAVE_DIR="converted", CONVERT=CONVERT)
+    settings = site.variables("unused", CKPT_LOAD_DIR="converted", SWEEP_DIR="sweep", RATES="1e-3 5e-3", RANKS="4")
+    after = ("--array=0-2", f"--dependency=afterok:{first}")
+    array = site.submit("sweep.sh", *FLAGS[2:], "--train-iters", 2, sbatch=after, **settings)
+    assert "error" not in site.ends(first)
+    site.slurm.until(lambda: not site.slurm.run("squeue", "--noheader"), seconds=240)
+    logs = {number: (site.folder / f"sweep-{array}-{number}.log").read_text() for number in range(3)}
+    assert "element 2 is beyond the grid of 2 rates and 1 ranks" in logs[2]
+    runs = {rate: site.folder / f"sweep/lr-{rate}-r-4" for rate in ("1e-3", "5e-3")}
+    assert all(saved(run) == 2 for run in runs.values()), logs
+    adapters = [adapter_tensors(run) for run in runs.values()]
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])

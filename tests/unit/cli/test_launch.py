@@ -21,6 +21,14 @@ def test_torchrun_says_who_this_process_is() -> None:
     assert Launch.from_environment(TORCHRUN | {"MODELLINK_DEVICE": "cpu"}) == Launch(5, 8, 1, 4, "node0", 29500, "cpu")
 
 
+def test_torchrun_also_says_which_start_this_is_and_who_holds_the_store() -> None:
+    launch = Launch.from_environment(
+        TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    )
+    assert (launch.attempt, launch.has_store) == ("2", True)
+    assert not Launch.from_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).has_store
+
+
 def test_without_a_launcher_there_is_one_process_with_a_free_port() -> None:
     launch = Launch.from_environment({})
     assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (0, 1, 0, 1)
