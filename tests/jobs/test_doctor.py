@@ -33,9 +33,10 @@ touch {started}
 
 
 def run(*words: object, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    here = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MODELLINK_DEVICE": "cpu"}
     return subprocess.run(
-        [sys.executable, *launcher, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MODELLINK_DEVICE": "cpu", **environment},
+        [sys.executable, *launcher, *map(str, words)], cwd=ROOT, env={**os.environ, **here, **environment},
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
