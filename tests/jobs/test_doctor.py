@@ -118,3 +118,10 @@ def test_a_simulated_npu_passes_and_a_wrong_fused_operator_is_found(tmp_path: Pa
     assert found["operators", "rms_norm bfloat16"]["level"] == "problem"
     assert found["operators", "rms_norm bfloat16"]["found"].startswith("WRONG: npu::npu_rms_norm")
     assert found["operators", "swiglu bfloat16"]["level"] == "ok"
+
+
+@pytest.mark.slow
+def test_an_interface_that_is_not_there_is_one_line() -> None:
+    done = run(*DOCTOR, "--no-operators", GLOO_SOCKET_IFNAME="ib77")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "error: GLOO_SOCKET_IFNAME=ib77: this host has no such interface; it has " in done.stderr
