@@ -68,6 +68,10 @@ def _examine(
     from modellink_lora.diagnosis.links import limit
 
     kind, unavailable = _kind(config, launch)
+    environment = _environment(launch, kind)
+    for finding in environment:
+        if finding.what == "GLOO_SOCKET_IFNAME" and finding.level == "problem":  # gloo would end with a traceback
+            raise UserError(f"{finding.what}={finding.found}: {finding.advice}")
     meeting = _meet(config, launch, kind, report) if launch.world_size > 1 else None
     stop = Stop()
     minutes = max(1, round(config.timeout_seconds * 5 / 60))
@@ -85,7 +89,7 @@ def _examine(
         words: list[Any] = [command, variables]
         if meeting:
             dist.broadcast_object_list(words, src=0, device=_cpu())
-        mine = [*unavailable, *_local(config, launch, device, here, words, guard)]
+        mine = [*unavailable, *_local(config, launch, device, here, words, environment, guard)]
         everyone: list[Any] = [mine]
         if meeting:
             everyone = [[]] * launch.world_size
@@ -108,16 +112,25 @@ def _kind(config: DoctorConfig, launch: Launch) -> tuple[str, list[Finding]]:
         return get_device("auto").name, [Finding("device", wanted, str(error), "problem", "as it says")]
 
 
-def _local(
-    config: DoctorConfig, launch: Launch, device: Device, here: torch.device, words: Sequence[Any],
-    guard: Callable[[str], Any],
-) -> list[Finding]:  # fmt: skip
-    """What this process finds by itself, except that products joined with collectives need all."""
+def _environment(launch: Launch, kind: str) -> list[Finding]:
+    """Before defaults are set (cli/launch.py): as the user left it."""
     import psutil
 
+    from modellink_lora.diagnosis.environment import environment_findings
+
+    return environment_findings(
+        os.environ, device=kind, processes=launch.local_world_size, cores=len(os.sched_getaffinity(0)),
+        interfaces=psutil.net_if_addrs(),
+    )  # fmt: skip
+
+
+def _local(
+    config: DoctorConfig, launch: Launch, device: Device, here: torch.device, words: Sequence[Any],
+    environment: Sequence[Finding], guard: Callable[[str], Any],
+) -> list[Finding]:  # fmt: skip
+    """What this process finds by itself, except that products joined with collectives need all."""
     from modellink_lora.device import facts
     from modellink_lora.diagnosis import operators
-    from modellink_lora.diagnosis.environment import environment_findings
     from modellink_lora.diagnosis.fit import Here, fit_findings
     from modellink_lora.diagnosis.host import folders_of, host_findings, lock_findings, memory_findings
     from modellink_lora.diagnosis.versions import device_findings, version_findings
@@ -136,10 +149,7 @@ def _local(
         *device_findings(device.name),
         *memory_findings(device.name, indices),
         *version_findings(device.name),
-        *environment_findings(
-            os.environ, device=device.name, processes=launch.local_world_size, cores=len(os.sched_getaffinity(0)),
-            interfaces=psutil.net_if_addrs(),
-        ),
+        *environment,
         *host_findings(folders_of(save), several_hosts=launch.local_world_size < launch.world_size),
         *(lock_findings(save) if save and launch.is_first else ()),
     ]  # fmt: skip

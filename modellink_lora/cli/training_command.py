@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modellink_lora.cli.train import training_parser
 from modellink_lora.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ def read_command(words: Sequence[str], *, devices: int, variables: dict[str, str
     Raises:
         UserError: it is not a training command, or a flag of it is wrong.
     """
+    from modellink_lora.cli.train import training_parser
     from modellink_lora.diagnosis.fit import Run
 
     program, start = _program(words)

@@ -81,7 +81,7 @@ def _cuda() -> dict[str, str]:
     if _NVIDIA.exists() and (line := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", _NVIDIA.read_text())):
         found["NVIDIA driver"] = line.group()
     with contextlib.suppress(AttributeError, RuntimeError):
-        number = torch._C._cuda_getDriverVersion()  # the newest CUDA that the driver runs, e.g. 12080
+        number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # the newest CUDA that the driver runs, e.g. 12080
         found["CUDA of the driver"] = f"{number // 1000}.{number % 1000 // 10}"
     found["CUDA of torch"] = str(torch.version.cuda)
     with contextlib.suppress(AttributeError, RuntimeError):

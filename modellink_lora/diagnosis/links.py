@@ -77,7 +77,7 @@ def measure_all_reduce(device: Device, here: torch.device, guard: Guard) -> tupl
     with guard(f"the sum over all ranks does not end over {device.backend}: {_ADVICE[device.backend]}"):
         small, large = torch.ones(256, dtype=torch.int32, device=here), _pattern(here)
         right = True
-        times = {}
+        times: dict[str, float] = {}
         for what, tensor in (("small", small), ("large", large)):
             for _ in range(_ROUNDS):  # the best: others may be busy
                 work = tensor * (rank + 1)

@@ -76,9 +76,9 @@ def _finding(name: str, check: Check, device: Device, here: torch.device, dtype:
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Finding(TOPIC, what, f"fails: {line}", "problem", advice)
-    error, limit = error_of(found, expected), TOLERANCE[dtype]
-    text = f"{names.fused() or 'plain PyTorch'}, error {error:.1e} of {limit:.0e}"
-    if not error <= limit:
+    distance, limit = error_of(found, expected), TOLERANCE[dtype]
+    text = f"{names.fused() or 'plain PyTorch'}, error {distance:.1e} of {limit:.0e}"
+    if not distance <= limit:
         return Finding(TOPIC, what, f"WRONG: {text}", "problem", advice)
     if reasons:
         return Finding(TOPIC, what, text, "warning", f"slower than it could be: {'; '.join(reasons)}")

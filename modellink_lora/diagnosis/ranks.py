@@ -107,19 +107,22 @@ def _store(address: str, port: int, rank: int, serve: bool, seconds: float) -> d
 
 def _gather(store: dist.Store, name: str, rank: int, world_size: int, seconds: float, where: str) -> list[Any]:
     """What each rank wrote; rank 0 waits for all and decides, the others read what it decided."""
-    verdict = f"{_PREFIX}{name}verdict"
+    verdict, read = f"{_PREFIX}{name}verdict", f"{_PREFIX}{name}read/"
     if rank == 0:
         keys = [f"{_PREFIX}{name}{other}" for other in range(world_size)]
-        limit = time.monotonic() + seconds
-        while not store.check(keys) and time.monotonic() < limit:
-            time.sleep(0.1)
+        _until(store, keys, seconds)
         there = [store.check([key]) for key in keys]
         values = [json.loads(store.get(key)) if here else None for key, here in zip(keys, there, strict=True)]
         store.set(verdict, json.dumps(values))
+        # the store may be this process's own: nobody could read it any more once this one has ended
+        _until(store, [f"{read}{other}" for other, here in enumerate(there) if here and other], seconds=10)
     else:
-        with contextlib.suppress(RuntimeError):  # rank 0 says nothing: it is the one that is missing
+        try:
             store.wait([verdict], datetime.timedelta(seconds=seconds + 10))
-        values = json.loads(store.get(verdict)) if store.check([verdict]) else [None] + [[]] * (world_size - 1)
+            values = json.loads(store.get(verdict))
+            store.set(f"{read}{rank}", "1")
+        except RuntimeError:  # rank 0 says nothing: it is the one that is missing
+            values = [None] + [[]] * (world_size - 1)
     absent = [other for other, value in enumerate(values) if value is None]
     if absent:
         came = len(values) - len(absent)
@@ -128,6 +131,13 @@ def _gather(store: dist.Store, name: str, rank: int, world_size: int, seconds: f
             f"{seconds:g} s ({came} did): start them all, with the same MASTER_ADDR and MASTER_PORT"
         )
     return values
+
+
+def _until(store: dist.Store, keys: list[str], seconds: float) -> None:
+    """Wait for the keys, or so long."""
+    limit = time.monotonic() + seconds
+    while keys and not store.check(keys) and time.monotonic() < limit:
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

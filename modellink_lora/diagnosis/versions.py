@@ -64,26 +64,26 @@ def version_findings(kind: str) -> list[Finding]:
 
 def pairing_findings(found: dict[str, str]) -> list[Finding]:
     """torch_npu beside torch and CANN."""
-    torch_npu = found.get("torch_npu") or found.get("torch-npu")
-    if torch_npu is None:
+    release = found.get("torch_npu") or found.get("torch-npu")
+    if release is None:
         return []
     result = []
-    if not facts.fits_torch_npu(torch_npu, found["torch"]):
+    if not facts.fits_torch_npu(release, found["torch"]):
         result.append(Finding(
-            TOPIC, "torch_npu with torch", f"{torch_npu} was built for another torch than {found['torch']}",
-            "problem", f"pip install torch=={torch_npu.split('.post')[0].split('rc')[0]}",
+            TOPIC, "torch_npu with torch", f"{release} was built for another torch than {found['torch']}",
+            "problem", f"pip install torch=={release.split('.post')[0].split('rc')[0]}",
         ))  # fmt: skip
-    cann, documented = found.get("CANN, and HCCL in it"), facts.documented_cann(torch_npu)
+    cann, documented = found.get("CANN, and HCCL in it"), facts.documented_cann(release)
     if cann is None:
         return result
     if documented is None:
         result.append(Finding(
-            TOPIC, "torch_npu with CANN", f"{torch_npu} with CANN {cann}: not a pair known here", "warning",
+            TOPIC, "torch_npu with CANN", f"{release} with CANN {cann}: not a pair known here", "warning",
             "compare them with the table in torch_npu's README",
         ))  # fmt: skip
     elif not cann.startswith(documented):
         result.append(Finding(
-            TOPIC, "torch_npu with CANN", f"{torch_npu} is documented for CANN {documented}, here is {cann}",
+            TOPIC, "torch_npu with CANN", f"{release} is documented for CANN {documented}, here is {cann}",
             "warning", f"if operators fail, install CANN {documented} or the torch-npu of CANN {cann}",
         ))  # fmt: skip
     else:
