@@ -58,6 +58,8 @@ def joined(
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     # megatron-core calls collectives by names that newer releases of torch are renaming
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if launch.mindspeed:
+        chosen.adopt_mindspeed()
     torch_device = chosen.activate(launch.local_rank)
     start_processes(
         chosen.backend,
