@@ -117,12 +117,12 @@ class NpuDevice(Device):
         softcap: float = 0.0,
         where: Tensor | None = None,
     ) -> Tensor:
-        if slopes is not None or softcap or where is not None:
+        if slopes is not None or softcap:
             return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap, where=where)
         # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
         if "npu_fusion_attention" in self.plain:
-            return softmax_attention(q, k, v, causal=causal, scale=scale)
-        return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
+            return _plain_attention(q, k, v, causal=causal, scale=scale, where=where)
+        return fused_npu.attention(q, k, v, causal=causal, scale=scale, where=where, reference=_plain_attention)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
         # with one_more the fused norm would take 1 + weight rounded to 16 bits
@@ -177,6 +177,11 @@ def _obstacle() -> str:
     if not count:
         return "torch_npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
     return ""
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, where: Tensor | None) -> Tensor:
+    """With `where` keys are hidden whether or not `causal` is set, as `Device.attention` has it."""
+    return softmax_attention(q, k, v, causal=causal or where is not None, scale=scale, where=where)
 
 
 def _first_line(error: Exception) -> str:
