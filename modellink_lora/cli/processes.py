@@ -59,7 +59,11 @@ def joined(
     # megatron-core calls collectives by names that newer releases of torch are renaming
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if launch.mindspeed:
-        chosen.adopt_mindspeed()
+        words, sys.argv = sys.argv, sys.argv[:1]  # it reads them, and takes every flag it does not know for its own
+        try:
+            chosen.adopt_mindspeed()
+        finally:
+            sys.argv = words
     torch_device = chosen.activate(launch.local_rank)
     start_processes(
         chosen.backend,

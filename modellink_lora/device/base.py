@@ -70,7 +70,7 @@ class Device(abc.ABC):
         return True
 
     def adopt_mindspeed(self) -> None:
-        """Let MindSpeed adapt megatron-core to the device. Comes before `activate`."""
+        """Let MindSpeed adapt megatron-core to the device. Comes before `activate`; the command line must be empty."""
         raise UserError(f"MODELLINK_MINDSPEED=1: MindSpeed is for Ascend NPUs, this runs on {self.name}; unset it")
 
     def leave_out(self, operators: Sequence[str]) -> list[str]:

@@ -62,7 +62,6 @@ class NpuDevice(Device):
     def adopt_mindspeed(self) -> None:
         """Import MindSpeed's adaptor, which patches megatron-core and torch, before anything of megatron-core."""
         assert not any(name.startswith("megatron.core") for name in sys.modules), "MindSpeed comes first"
-        words, sys.argv = sys.argv, sys.argv[:1]  # it reads them, and takes every flag it does not know for its own
         try:
             importlib.import_module(_MINDSPEED)
         except Exception as error:  # it brings a dozen libraries of its own, any of which may be missing or too new
@@ -70,8 +69,6 @@ class NpuDevice(Device):
                 f"MODELLINK_MINDSPEED=1: {_MINDSPEED} does not load ({type(error).__name__}: {_first_line(error)}); "
                 "install the MindSpeed branch that belongs to your megatron-core, or unset MODELLINK_MINDSPEED"
             ) from error
-        finally:
-            sys.argv = words
 
     def leave_out(self, operators: Sequence[str]) -> list[str]:
         names = NPU_OPERATORS if "all" in operators else operators
