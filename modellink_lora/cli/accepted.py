@@ -12,12 +12,13 @@ from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 
 _FUSED = "this version computes it with PyTorch's own operations, which give the same result"
+_AUTOMATIC = "on Ascend fused operators are used wherever they can be; --npu-plain-operators leaves them out"
 _SWITCHES = {
-    "use-flash-attn": "attention always runs through the device's fused kernel",
+    "use-flash-attn": "attention runs through the device's fused kernel wherever it can",
     "attention-softmax-in-fp32": "the attention kernels keep the softmax in fp32 in any case",
-    "use-fused-rmsnorm": _FUSED,
-    "use-fused-swiglu": _FUSED,
-    "use-fused-rotary-pos-emb": _FUSED,
+    "use-fused-rmsnorm": _AUTOMATIC,
+    "use-fused-swiglu": _AUTOMATIC,
+    "use-fused-rotary-pos-emb": _AUTOMATIC,
     "no-rope-fusion": _FUSED,
     "no-bias-gelu-fusion": _FUSED,
     "no-bias-swiglu-fusion": _FUSED,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from modellink_lora.config.errors import UserError
 
 _DEVICE_VARIABLE = "MODELLINK_DEVICE"
+_MINDSPEED_VARIABLE = "MODELLINK_MINDSPEED"
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -24,6 +25,7 @@ class Launch:
     master_address: str = "127.0.0.1"
     master_port: int = 0
     device: str = "auto"
+    mindspeed: bool = False  # whether MindSpeed is to adapt megatron-core to Ascend
     # of torchrun, which starts all processes again after a failure if asked to, and holds the store they meet at
     attempt: str = "0"
     has_store: bool = False
@@ -37,8 +39,9 @@ class Launch:
         """The facts in `environment` (default os.environ). Without torchrun: one process and a free port."""
         environment = os.environ if environment is None else environment
         device = environment.get(_DEVICE_VARIABLE) or "auto"
+        mindspeed = environment.get(_MINDSPEED_VARIABLE, "") not in ("", "0")
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
-            return Launch(master_port=_free_port(), device=device)
+            return Launch(master_port=_free_port(), device=device, mindspeed=mindspeed)
         absent = [name for name in _TORCHRUN_VARIABLES if name not in environment]
         if absent:
             raise UserError(
@@ -55,6 +58,7 @@ class Launch:
             master_address=environment["MASTER_ADDR"],
             master_port=_number(environment, "MASTER_PORT"),
             device=device,
+            mindspeed=mindspeed,
             attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
             has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
@@ -63,12 +67,19 @@ class Launch:
 # What kernels and communication libraries read from the environment, by device.
 _DEFAULTS = {
     # seconds: building and loading operators at the first step takes longer than HCCL waits by itself
-    "npu": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "3600"},
+    "npu": {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "HCCL_CONNECT_TIMEOUT": "1800",
+        "HCCL_EXEC_TIMEOUT": "3600",
+        # torch.distributed asks NPU tensors for it once somebody has loaded transfer_to_npu, which calls them CUDA's
+        "TORCH_NPU_DEVICE_CAPABILITY": "8.0",
+    },
 }
 # One hardware queue keeps a communication kernel in front of the product it should overlap with, on GPUs before
 # Blackwell. CCLoRA overlaps them, and Transformer Engine asks for it; with frozen weights megatron-core's own linears
 # wait for their collectives. Elsewhere one queue would only take overlap away.
 _OVERLAPPING = {"cuda": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}
+_NPU_ALLOCATOR = ("PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _DETERMINISTIC = {"cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, "npu": {"HCCL_DETERMINISTIC": "true"}}
 
 
@@ -77,9 +88,19 @@ def set_environment_defaults(device: str, *, deterministic: bool = False, overla
 
     Args:
         overlapping: collectives of tensor-parallel ranks run beside the products of the same linear.
+    Raises:
+        UserError: torch_npu would refuse what the user has set.
     """
     wanted = _DEFAULTS.get(device, {}) | (_DETERMINISTIC.get(device, {}) if deterministic else {})
     wanted |= _OVERLAPPING.get(device, {}) if overlapping else {}
+    if device == "npu":
+        given = [name for name in _NPU_ALLOCATOR if os.environ.get(name)]
+        if len(given) > 1:
+            raise UserError(
+                f"{' and '.join(given)} are both set in the environment, which torch_npu refuses: unset one"
+            )
+        if not given:  # batches differ in length: segments that grow leave fewer gaps
+            wanted = {**wanted, _NPU_ALLOCATOR[0]: "expandable_segments:True"}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

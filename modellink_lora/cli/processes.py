@@ -65,6 +65,12 @@ def joined(
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     # megatron-core calls collectives by names that newer releases of torch are renaming
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if launch.mindspeed:
+        words, sys.argv = sys.argv, sys.argv[:1]  # it reads them, and takes every flag it does not know for its own
+        try:
+            chosen.adopt_mindspeed()
+        finally:
+            sys.argv = words
     torch_device = chosen.activate(launch.local_rank)
     store = _start(chosen.backend, launch, timeout_minutes)
     peers = _watched(launch, timing or Timing()) if launch.world_size > 1 else None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from modellink_lora.config.errors import UserError
 from modellink_lora.device.elementwise import RmsNorm, Swiglu
 from modellink_lora.device.lora_ops import LoraOps
 
@@ -68,6 +69,10 @@ class Device(abc.ABC):
 
     def supports(self, dtype: torch.dtype) -> bool:
         return True
+
+    def adopt_mindspeed(self) -> None:
+        """Let MindSpeed adapt megatron-core to the device. Comes before `activate`; the command line must be empty."""
+        raise UserError(f"MODELLINK_MINDSPEED=1: MindSpeed is for Ascend NPUs, this runs on {self.name}; unset it")
 
     def leave_out(self, operators: Sequence[str]) -> list[str]:
         """Compute these fused operators with plain PyTorch from now on. Returns what is to be said about it."""

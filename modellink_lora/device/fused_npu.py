@@ -90,16 +90,27 @@ class _Turn(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, reference: Callable[..., Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    where: Tensor | None = None,
+    reference: Callable[..., Tensor],
 ) -> Tensor:
-    """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, s, d] -> [b, n, s, d]."""
+    """softmax(q k^T * scale) v; q [b, n, s, d], k and v [b, g, l, d] -> [b, n, s, d]; `where` [b, s] as in `Device`."""
     reasons = attention_limits(q, k, v)
     if reasons:
         report("npu_fusion_attention", reasons)
-        return reference(q, k, v, causal=causal, scale=scale)
+        return reference(q, k, v, causal=causal, scale=scale, where=where)
     import torch_npu
 
-    masking = {"atten_mask": _compressed_mask(q.device), "sparse_mode": _LEFT_UP_CAUSAL} if causal else {}
+    masking: dict[str, Any] = {}
+    if where is not None:
+        masking = {"atten_mask": torch.arange(k.shape[2], device=k.device) > where[:, None, :, None]}  # [b, 1, s, l]
+    elif causal:
+        masking = {"atten_mask": _compressed_mask(q.device), "sparse_mode": _LEFT_UP_CAUSAL}
     q, k, v = (x.contiguous() for x in (q, k, v))  # not all CANN releases take strided inputs
     return torch_npu.npu_fusion_attention(q, k, v, q.shape[1], "BNSD", scale=scale, **masking)[0]
 

@@ -59,6 +59,17 @@ class NpuDevice(Device):
         self.plain = npu_check.unfit(torch.device("npu", local_rank))
         return torch.device("npu", local_rank)
 
+    def adopt_mindspeed(self) -> None:
+        """Import MindSpeed's adaptor, which patches megatron-core and torch, before anything of megatron-core."""
+        assert not any(name.startswith("megatron.core") for name in sys.modules), "MindSpeed comes first"
+        try:
+            importlib.import_module(_MINDSPEED)
+        except Exception as error:  # it brings a dozen libraries of its own, any of which may be missing or too new
+            raise UserError(
+                f"MODELLINK_MINDSPEED=1: {_MINDSPEED} does not load ({type(error).__name__}: {_first_line(error)}); "
+                "install the MindSpeed branch that belongs to your megatron-core, or unset MODELLINK_MINDSPEED"
+            ) from error
+
     def leave_out(self, operators: Sequence[str]) -> list[str]:
         names = NPU_OPERATORS if "all" in operators else operators
         self.plain |= dict.fromkeys(names, "--npu-plain-operators")
@@ -103,12 +114,12 @@ class NpuDevice(Device):
         softcap: float = 0.0,
         where: Tensor | None = None,
     ) -> Tensor:
-        if slopes is not None or softcap or where is not None:
+        if slopes is not None or softcap:
             return super().attention(q, k, v, causal=causal, scale=scale, slopes=slopes, softcap=softcap, where=where)
         # not torch's scaled_dot_product_attention: on NPU it would end in the same fused kernel
         if "npu_fusion_attention" in self.plain:
-            return softmax_attention(q, k, v, causal=causal, scale=scale)
-        return fused_npu.attention(q, k, v, causal=causal, scale=scale, reference=softmax_attention)
+            return _plain_attention(q, k, v, causal=causal, scale=scale, where=where)
+        return fused_npu.attention(q, k, v, causal=causal, scale=scale, where=where, reference=_plain_attention)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, one_more: bool = False) -> Tensor:
         # with one_more the fused norm would take 1 + weight rounded to 16 bits
@@ -156,14 +167,22 @@ def _obstacle() -> str:
         importlib.import_module("torch_npu")
         count = _npu().device_count()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         return (
-            f"torch_npu does not load ({lines[0]}); source CANN's set_env.sh before Python and check that torch "
-            f"{torch.__version__}, torch_npu and CANN are releases that belong together"
+            f"torch_npu does not load ({_first_line(error)}); source CANN's set_env.sh before Python and check that "
+            f"torch {torch.__version__}, torch_npu and CANN are releases that belong together"
         )
     if not count:
         return "torch_npu sees no NPU; check npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
     return ""
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, where: Tensor | None) -> Tensor:
+    """With `where` keys are hidden whether or not `causal` is set, as `Device.attention` has it."""
+    return softmax_attention(q, k, v, causal=causal or where is not None, scale=scale, where=where)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _npu():  # type: ignore[no-untyped-def]  # torch.npu exists once torch_npu is loaded

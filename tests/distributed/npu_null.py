@@ -96,6 +96,7 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable
     """Name -> what fused_npu does, the same in plain PyTorch, shapes of the inputs."""
     device = get_device("npu")
     angles = fresh((16, 1, 1, 64), torch.float32)
+    places = torch.zeros(2, 3, dtype=torch.int64, device="npu:0")
     heads, groups = (2, 8, 16, 128), (2, 4, 16, 128)
 
     def turned(interleaved: bool) -> Callable[[Tensor], Tensor]:
@@ -122,6 +123,11 @@ def pairs(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor], Callable
         "rotary of some channels": (turned(False), lambda x: x * 1, [(16, 2, 8, 96)]),
         "rotary of neighbours": (turned(True), lambda x: x * 1, [(16, 2, 8, 64)]),
         "attention": (attention(False), plain_attention, [heads, heads, heads]),
+        "attention from positions": (
+            lambda q, k, v: fused_npu.attention(q, k, v, causal=True, scale=0.1, where=places, reference=refused),
+            plain_attention,
+            [(2, 8, 3, 128), groups, groups],
+        ),
         "causal attention of groups": (attention(True), plain_attention, [heads, groups, groups]),
     }
 

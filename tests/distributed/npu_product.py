@@ -55,6 +55,13 @@ def product() -> None:
                 lambda q, k, v, c=causal: Device.attention(device, q, k, v, causal=c, scale=0.4),
                 shapes, random(2, 4, 7, 8, dtype=dtype), tolerance,
             )  # fmt: skip
+        where = torch.tensor([[3, 5, 8], [0, 8, 1]])  # among 9 keys
+        shapes = [random(2, heads, tokens, 8, dtype=dtype) for heads, tokens in ((4, 3), (2, 9), (2, 9))]
+        compare(
+            lambda q, k, v: device.attention(q, k, v, causal=True, scale=0.4, where=where.npu()),
+            lambda q, k, v: Device.attention(device, q, k, v, causal=True, scale=0.4, where=where),
+            shapes, random(2, 4, 3, 8, dtype=dtype), tolerance,
+        )  # fmt: skip
         compare(
             lambda x, w: device.rms_norm(x, w, 1e-6),
             lambda x, w: Device.rms_norm(device, x, w, 1e-6),
@@ -80,7 +87,7 @@ def product() -> None:
             [random(9, 2, 3, 16, dtype=dtype)], random(9, 2, 3, 16, dtype=dtype), tolerance,
         )  # fmt: skip
 
-    expected = {"npu_fusion_attention": 2, "npu_rms_norm": 1, "npu_swiglu": 1, "npu_rotary_mul": 8}
+    expected = {"npu_fusion_attention": 3, "npu_rms_norm": 1, "npu_swiglu": 1, "npu_rotary_mul": 8}
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 3e-2)):
         calls.clear()
         all_paths(dtype, tolerance)

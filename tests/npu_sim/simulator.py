@@ -237,7 +237,10 @@ def _one(tensor: Tensor) -> Tensor:
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     """torch_npu calls its fused kernel past the dispatcher; here it is made of operators that we replace."""
-    return torch.ops.aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
+    mask = args[3] if len(args) > 3 else kwargs.pop("attn_mask", None)
+    if mask is not None and mask.dtype == torch.bool:  # True is seen; what it is made of adds the mask to the scores
+        mask = torch.zeros_like(mask, dtype=args[0].dtype).masked_fill(~mask, float("-inf"))
+    return torch.ops.aten._scaled_dot_product_attention_math(*args[:3], mask, *args[4:], **kwargs)[0]
 
 
 def _matmul_backward(grad: Tensor, left: Tensor, right: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 #include <mutex>
+#include <sys/mman.h>
 #include <unistd.h>
 #include <unordered_map>
 
@@ -24,6 +25,7 @@ thread_local aclrtContext current_context = reinterpret_cast<aclrtContext>(1);
 
 std::mutex allocations_mutex;
 std::unordered_map<void *, size_t> allocations;
+std::unordered_map<void *, size_t> reservations;
 std::atomic<size_t> allocated_bytes{0};
 
 struct Event {
@@ -181,13 +183,21 @@ aclError aclrtMemsetAsync(void *to, size_t, int32_t value, size_t bytes, aclrtSt
 }
 
 // Virtual memory (PYTORCH_NPU_ALLOC_CONF=expandable_segments:True): reserving already provides the pages.
+// torch_npu reserves more than the device has; the host gives a page when it is first written to.
 aclError aclrtReserveMemAddress(void **pointer, size_t bytes, size_t, void *, uint64_t) {
-    *pointer = aligned_alloc(2u << 20, bytes);
-    return *pointer == nullptr ? kOutOfMemory : ACL_SUCCESS;
+    *pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (*pointer == MAP_FAILED) {
+        return kOutOfMemory;
+    }
+    std::lock_guard<std::mutex> lock(allocations_mutex);
+    reservations[*pointer] = bytes;
+    return ACL_SUCCESS;
 }
 
 aclError aclrtReleaseMemAddress(void *pointer) {
-    free(pointer);
+    std::lock_guard<std::mutex> lock(allocations_mutex);
+    munmap(pointer, reservations[pointer]);
+    reservations.erase(pointer);
     return ACL_SUCCESS;
 }
 

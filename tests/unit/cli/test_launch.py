@@ -61,3 +61,25 @@ def test_environment_defaults_give_way_to_the_user(monkeypatch: pytest.MonkeyPat
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ, "one queue where nothing overlaps takes speed away"
     set_environment_defaults("cuda", overlapping=True)
     assert os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+
+
+def test_defaults_of_the_npu_allocator_do_not_meet_a_setting_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setattr(os, "environ", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"})
+    set_environment_defaults("npu")
+    assert "PYTORCH_NPU_ALLOC_CONF" not in os.environ and os.environ["HCCL_CONNECT_TIMEOUT"] == "1800"
+    os.environ.pop("PYTORCH_ALLOC_CONF")
+    set_environment_defaults("npu")
+    assert os.environ["PYTORCH_NPU_ALLOC_CONF"] == "expandable_segments:True"
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+    with pytest.raises(UserError, match="PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set"):
+        set_environment_defaults("npu")
+
+
+@pytest.mark.parametrize(("said", "meant"), [({}, False), ({"MODELLINK_MINDSPEED": "0"}, False),
+                                             ({"MODELLINK_MINDSPEED": "1"}, True)])  # fmt: skip
+def test_mindspeed_is_asked_for_in_the_environment(said: dict[str, str], meant: bool) -> None:
+    assert (
+        Launch.from_environment(said).mindspeed is meant and Launch.from_environment(TORCHRUN | said).mindspeed is meant
+    )
