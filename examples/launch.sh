@@ -6,7 +6,7 @@
 #   resumable FOLDER         prints FOLDER if it holds a checkpoint to go on from, else nothing
 #
 # A script hands them its own arguments last, so `tune_….sh --train-iters 10` changes a flag, and `tune_….sh --dry-run`
-# prints the command and starts nothing. The processes are those of
+# prints the command, in one line, and starts nothing. The processes are those of
 #
 #   one host        GPUS_PER_NODE or NPUS_PER_NODE of them
 #   several hosts   the same script on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or with NNODES and
@@ -80,7 +80,12 @@ _start() {
         if [ "$word" = --dry-run ]; then dry=1; else words+=("$word"); fi
     done
     if [ -n "$dry" ]; then
-        printf '%q ' "${words[@]}"
+        for word in "${words[@]}"; do
+            case $word in
+                *[!A-Za-z0-9_./:,=+-]* | '') printf '%q ' "$word" ;;
+                *) printf '%s ' "$word" ;;
+            esac
+        done
         echo
         exit 0
     fi

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink_lora.cli.flags import Accepted, build_parser, only
+from modellink_lora.cli.flags import Accepted, Parser, build_parser, only
 from modellink_lora.cli.launch import Launch
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
@@ -38,14 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["diff"]:
         return diff_main(words[1:])
-    parser = build_parser(
-        "convert_ckpt.py",
-        "Translate, reshard, merge and export checkpoints: Hugging Face, Megatron (mcore and legacy names), LoRA. "
-        "`convert_ckpt.py diff A B` compares two checkpoints of any of these formats.",
-        [ConvertConfig, LoraConfig],
-        refused=REFUSED,
-        accepted=ACCEPTED,
-    )
+    parser = conversion_parser()
     given = parser.parse(words)
     convert = ConvertConfig(**given[ConvertConfig])
     parser.report_accepted(print)
@@ -83,3 +76,15 @@ def _compare_logits(convert: ConvertConfig, folder: Path, lora_flags: dict[str, 
         from modellink_lora.inference.merged import compare_logits
 
         compare_logits(convert, folder, lora_flags, device=device, torch_device=here, say=print)
+
+
+def conversion_parser() -> Parser:
+    """The flags of a conversion."""
+    return build_parser(
+        "convert_ckpt.py",
+        "Translate, reshard, merge and export checkpoints: Hugging Face, Megatron (mcore and legacy names), LoRA. "
+        "`convert_ckpt.py diff A B` compares two checkpoints of any of these formats.",
+        [ConvertConfig, LoraConfig],
+        refused=REFUSED,
+        accepted=ACCEPTED,
+    )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from modellink_lora.cli.accepted import INFERENCE_ACCEPTED, INFERENCE_REFUSED
-from modellink_lora.cli.flags import build_parser
+from modellink_lora.cli.flags import Parser, build_parser
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import joined
 from modellink_lora.config.adapter import LoraConfig
@@ -23,13 +23,7 @@ from modellink_lora.config.parallel import ParallelConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the job. Returns the exit status."""
     launch = Launch.from_environment()
-    parser = build_parser(
-        "evaluation.py",
-        "Judge a model, base and tuned in one run, on benchmarks in their original file layouts.",
-        [EvalConfig, EngineConfig, LoraConfig, ParallelConfig, ModelConfig],
-        refused=INFERENCE_REFUSED,
-        accepted=INFERENCE_ACCEPTED,
-    )
+    parser = evaluation_parser()
     given = parser.parse(argv)
     # configs and data first: their messages need no process group and no model
     config, model = EvalConfig(**given[EvalConfig]), EngineConfig(**given[EngineConfig])
@@ -83,3 +77,14 @@ def _with_batch_size(model: EngineConfig, size: int | None, given_twice: bool) -
             f"--evaluation-batch-size {size} and --max-batch-size {model.max_batch_size} are one thing: give one"
         )
     return dataclasses.replace(model, max_batch_size=size)
+
+
+def evaluation_parser() -> Parser:
+    """The flags of an evaluation."""
+    return build_parser(
+        "evaluation.py",
+        "Judge a model, base and tuned in one run, on benchmarks in their original file layouts.",
+        [EvalConfig, EngineConfig, LoraConfig, ParallelConfig, ModelConfig],
+        refused=INFERENCE_REFUSED,
+        accepted=INFERENCE_ACCEPTED,
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from modellink_lora.cli.accepted import INFERENCE_ACCEPTED, INFERENCE_REFUSED
-from modellink_lora.cli.flags import build_parser
+from modellink_lora.cli.flags import Parser, build_parser
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import joined
 from modellink_lora.config.adapter import LoraConfig
@@ -25,13 +25,7 @@ _PACKAGES = {"server": ("fastapi", "uvicorn"), "web": ("gradio", "fastapi", "uvi
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the job. Returns the exit status."""
     launch = Launch.from_environment()
-    parser = build_parser(
-        "inference.py",
-        "Answer prompts with a base model and its adapter, unmerged, at any tensor and pipeline parallel layout.",
-        [InferConfig, EngineConfig, LoraConfig, ParallelConfig, ModelConfig],
-        refused=INFERENCE_REFUSED,
-        accepted=INFERENCE_ACCEPTED,
-    )
+    parser = inference_parser()
     given = parser.parse(argv)
     config, engine_config = InferConfig(**given[InferConfig]), EngineConfig(**given[EngineConfig])
     parallel = ParallelConfig(**given[ParallelConfig])
@@ -138,3 +132,14 @@ def _say(line: str) -> None:
 
 def _nothing(line: str) -> None:
     """Every process comes by where something is said; the first one says it."""
+
+
+def inference_parser() -> Parser:
+    """The flags of inference."""
+    return build_parser(
+        "inference.py",
+        "Answer prompts with a base model and its adapter, unmerged, at any tensor and pipeline parallel layout.",
+        [InferConfig, EngineConfig, LoraConfig, ParallelConfig, ModelConfig],
+        refused=INFERENCE_REFUSED,
+        accepted=INFERENCE_ACCEPTED,
+    )

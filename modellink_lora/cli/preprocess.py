@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modellink_lora.cli.flags import Accepted, build_parser, only
+from modellink_lora.cli.flags import Accepted, Parser, build_parser, only
 from modellink_lora.config.preprocess import PreprocessConfig
 from modellink_lora.data.preprocess import run
 
@@ -52,14 +52,19 @@ REFUSED: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the job. Returns the exit status."""
-    parser = build_parser(
+    parser = preprocessing_parser()
+    given = parser.parse(argv)
+    parser.report_accepted(print)
+    run(PreprocessConfig(**given[PreprocessConfig]))
+    return 0
+
+
+def preprocessing_parser() -> Parser:
+    """The flags of preprocessing."""
+    return build_parser(
         "preprocess_data.py",
         "Turn a data set of instructions or conversations into the token files that training reads.",
         [PreprocessConfig],
         refused=REFUSED,
         accepted=ACCEPTED,
     )
-    given = parser.parse(argv)
-    parser.report_accepted(print)
-    run(PreprocessConfig(**given[PreprocessConfig]))
-    return 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modellink_lora.cli.accepted import ACCEPTED, REFUSED
-from modellink_lora.cli.flags import build_parser
+from modellink_lora.cli.flags import Parser, build_parser
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import joined, one_writer
 from modellink_lora.cli.signals import stopping
@@ -20,13 +20,7 @@ from modellink_lora.config.train import SftDataConfig, TrainConfig
 def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     """Fine-tune. `pretrain` is set by pretrain_gpt.py, which older scripts call for instruction data too."""
     launch = Launch.from_environment()
-    parser = build_parser(
-        "pretrain_gpt.py" if pretrain else "posttrain_gpt.py",
-        "Fine-tune a model with LoRA on tensor, sequence, pipeline and data parallel processes.",
-        [TrainConfig, SftDataConfig, LoraConfig, ParallelConfig, ModelConfig],
-        refused=REFUSED,
-        accepted=ACCEPTED,
-    )
+    parser = training_parser("pretrain_gpt.py" if pretrain else "posttrain_gpt.py")
     given = parser.parse(argv)
     if pretrain and not given[SftDataConfig].get("is_instruction_dataset"):
         raise UserError(
@@ -63,3 +57,14 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
             stop=stop,
         )
     return 0
+
+
+def training_parser(prog: str) -> Parser:
+    """The flags of a training run."""
+    return build_parser(
+        prog,
+        "Fine-tune a model with LoRA on tensor, sequence, pipeline and data parallel processes.",
+        [TrainConfig, SftDataConfig, LoraConfig, ParallelConfig, ModelConfig],
+        refused=REFUSED,
+        accepted=ACCEPTED,
+    )

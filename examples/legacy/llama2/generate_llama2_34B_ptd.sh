@@ -1,0 +1,18 @@
+#!/bin/bash
+# Answers of Llama-2-34B, legacy names.
+# All of greedy, sampling and beams; `--task greedy --prompt "…"` gives one answer, `--task chat` a chat.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CHECKPOINT=${CHECKPOINT:-./model_weights/llama-2-34b-legacy}
+TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/llama-2-34b-hf}
+TP=${TP:-2} # devices that share each layer
+PP=${PP:-2} # stages that share the layers
+GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-$((TP * PP))}}
+
+launch inference.py \
+    --load "$CHECKPOINT" \
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+    --max-new-tokens 256 --bf16 \
+    "$@"

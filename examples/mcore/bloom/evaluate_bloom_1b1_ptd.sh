@@ -1,0 +1,22 @@
+#!/bin/bash
+# BLOOM-1B1, mcore names, on MMLU or another TASK.
+# Copies of the model share the questions. A run that was interrupted goes on where it stopped.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CHECKPOINT=${CHECKPOINT:-./model_weights/bloom-1b1-mcore}
+TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/bloom-1b1-hf}
+TASK=${TASK:-mmlu}
+DATA_PATH=${DATA_PATH:-./mmlu/test}
+RESULTS=${RESULTS:-./results/bloom-1b1-$TASK}
+TP=${TP:-1} # devices that share each layer
+PP=${PP:-1} # stages that share the layers
+GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-8}}
+
+launch evaluation.py \
+    --use-mcore-models \
+    --load "$CHECKPOINT" \
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+    --task "$TASK" --task-data-path "$DATA_PATH" --save "$RESULTS" --bf16 \
+    "$@"

@@ -1,0 +1,20 @@
+#!/bin/bash
+# Answers of Gemma-7B and its adapter, not merged, mcore names.
+# All of greedy, sampling and beams; `--task greedy --prompt "…"` gives one answer, `--task chat` a chat.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CHECKPOINT=${CHECKPOINT:-./model_weights/gemma-7b-mcore}
+CHECKPOINT_LORA=${CHECKPOINT_LORA:-./ckpt/gemma-7b-lora}
+TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/gemma-7b-hf}
+TP=${TP:-2} # devices that share each layer
+PP=${PP:-1} # stages that share the layers
+GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-$((TP * PP))}}
+
+launch inference.py \
+    --use-mcore-models \
+    --load "$CHECKPOINT" --lora-load "$CHECKPOINT_LORA" \
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH" --prompt-type default \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+    --max-new-tokens 256 --bf16 \
+    "$@"

@@ -1,0 +1,16 @@
+#!/bin/bash
+# Merge an adapter into Llama 2, mcore names, and export it to Hugging Face in CKPT_SAVE_DIR/mg2hg.
+# Rank, alpha and targets are read from the adapter.
+# CKPT_SAVE_DIR is the folder of the original model: its config.json and tokenizer go with the weights.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-7b-mcore}
+LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora}
+CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./model_from_hf/llama-2-7b-hf}
+
+single convert_ckpt.py \
+    --model-type GPT --load-model-type mg --save-model-type hf --use-mcore-models \
+    --load-dir "$CKPT_LOAD_DIR" --lora-load "$LORA_CHECKPOINT" --save-dir "$CKPT_SAVE_DIR" \
+    --target-tensor-parallel-size 1 --target-pipeline-parallel-size 1 \
+    "$@"

@@ -1,0 +1,29 @@
+#!/bin/bash
+# LoRA on Llama-2-70B, mcore names, on 8 devices of 64 GB.
+# Started again, it goes on from its newest checkpoint in CKPT_SAVE_DIR.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-70b-mcore}
+CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./ckpt/llama-2-70b-lora}
+DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-2-70b/alpaca}
+TOKENIZER_MODEL=${TOKENIZER_MODEL:-./model_from_hf/llama-2-70b-hf}
+LORA_CHECKPOINT=${LORA_CHECKPOINT:-$(resumable "$CKPT_SAVE_DIR")} # an adapter to go on from
+TP=${TP:-4} # devices that share each layer
+PP=${PP:-2} # stages that share the layers
+GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-8}}
+LOG=${LOG:-./logs/tune_llama2_70b_lora_ptd.log}
+
+launch posttrain_gpt.py \
+    --stage sft --use-mcore-models \
+    --load "$CKPT_LOAD_DIR" --save "$CKPT_SAVE_DIR" ${LORA_CHECKPOINT:+--lora-load "$LORA_CHECKPOINT"} \
+    --data-path "$DATA_PATH" --split 100,0,0 --prompt-type llama2 \
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_MODEL" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --sequence-parallel \
+    --lora-r 16 --lora-alpha 32 --lora-fusion \
+    --lora-target-modules linear_qkv linear_proj linear_fc1 linear_fc2 \
+    --seq-length 4096 --variable-seq-lengths --micro-batch-size 1 --global-batch-size 128 \
+    --train-iters 1000 --lr 1e-5 --min-lr 1.25e-7 --lr-decay-style cosine --lr-warmup-fraction 0.01 \
+    --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --bf16 \
+    --save-interval 500 --eval-iters 0 --log-interval 1 --log-throughput \
+    "$@"

@@ -1,0 +1,17 @@
+#!/bin/bash
+# Mixtral from Hugging Face to Megatron, mcore names. Every layout reads every other;
+# TP and PP only say how many files there are.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+HF_PATH=${HF_PATH:-./model_from_hf/mixtral-8x7b-hf}
+CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./model_weights/mixtral-8x7b-mcore}
+TP=${TP:-4}
+PP=${PP:-2}
+
+single convert_ckpt.py \
+    --model-type GPT --load-model-type hf --save-model-type mg --use-mcore-models \
+    --model-type-hf mixtral \
+    --load-dir "$HF_PATH" --save-dir "$CKPT_SAVE_DIR" \
+    --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" \
+    "$@"

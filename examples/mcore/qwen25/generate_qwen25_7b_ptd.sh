@@ -1,0 +1,19 @@
+#!/bin/bash
+# Answers of Qwen2.5-7B, mcore names.
+# All of greedy, sampling and beams; `--task greedy --prompt "…"` gives one answer, `--task chat` a chat.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
+
+CHECKPOINT=${CHECKPOINT:-./model_weights/qwen2.5-7b-mcore}
+TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/qwen2.5-7b-hf}
+TP=${TP:-1} # devices that share each layer
+PP=${PP:-1} # stages that share the layers
+GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-$((TP * PP))}}
+
+launch inference.py \
+    --use-mcore-models \
+    --load "$CHECKPOINT" \
+    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path "$TOKENIZER_PATH" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+    --max-new-tokens 256 --bf16 \
+    "$@"
