@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -53,6 +53,9 @@ class Collective:
         return self.payload if passes is None else passes * self.payload * (self.ranks - 1) // self.ranks
 
 
+Watcher = TypeVar("Watcher", bound="Watching")
+
+
 class Watching(TorchDispatchMode):
     """Tells a subclass of kernels and collectives, and of waits for collectives.
 
@@ -74,7 +77,7 @@ class Watching(TorchDispatchMode):
     def waited(self, work: Any) -> None:
         """Somebody waited for a collective, and it is done."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Watcher) -> Watcher:
         for one in self._patches:
             one.start()
         super().__enter__()

@@ -67,7 +67,7 @@ def open_bridge_adapter(
         raise UserError(f"{flag} {folder}: holds an adapter without its base, which tells how to cut it: "
                         "give the base checkpoint too")  # fmt: skip
     alpha, said, notes = _alpha(folder, given, flag)
-    _, iteration = args_of(folder)
+    _, iteration = args_of(source)
     if any(part is not None for factors in found.values() for part, _ in factors):
         parts = {module: _canonical(source, module, held, config, alpha) for module, held in found.items()}
         return _assembled(source, parts, found, config, alpha, iteration, notes)

@@ -1,7 +1,8 @@
 """Models that today's Megatron-LM and Megatron-Bridge save in torch_dist folders, under our names.
 
 Layers lie stacked along a first axis [L, ...] or one by one; Transformer Engine's linears hold the norm before them;
-gate and up may be two tensors. Megatron-LM keeps its args in `common.pt`, Megatron-Bridge in `run_config.yaml`.
+gate and up may be two tensors. Megatron-LM keeps its args in `common.pt` or, since megatron-core 0.19, among the
+tensors; Megatron-Bridge in `run_config.yaml`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from modellink_lora.checkpoint.rank_files import RankFiles, as_model, open_rank_
 from modellink_lora.checkpoint.rank_tree import RankTree
 from modellink_lora.checkpoint.store import TRACKER, newest
 from modellink_lora.checkpoint.stored import Stored
-from modellink_lora.checkpoint.torch_dist import TorchDist, is_torch_dist, open_torch_dist
-from modellink_lora.checkpoint.unpickle import load_rank_file
+from modellink_lora.checkpoint.torch_dist import COMMON, TorchDist, is_torch_dist, open_torch_dist
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
 
-COMMON, RUN_CONFIG = "common.pt", "run_config.yaml"
+RUN_CONFIG = "run_config.yaml"
 ADAPTER = ".adapter."  # in the name of what Megatron-Bridge adds to a linear
 _NORMS = {  # Transformer Engine's linear -> the norm that it holds
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -110,7 +110,7 @@ def open_dist_model(
     if not any(name.startswith("decoder.layers.") for name in base):
         raise UserError(f"{flag} {root}: holds an adapter without the layers of its base: give the base to {flag} and "
                         "this folder to --lora-load")  # fmt: skip
-    args, iteration = args_of(folder)
+    args, iteration = args_of(source)
     if args is None:
         raise UserError(f"{flag} {folder}: holds neither args in {COMMON} nor {RUN_CONFIG}, so the model's dimensions "
                         "are unknown")  # fmt: skip
@@ -182,9 +182,9 @@ def run_settings(folder: Path) -> Mapping[str, Any]:
     return document
 
 
-def args_of(folder: Path) -> tuple[argparse.Namespace | None, int]:
+def args_of(source: TorchDist) -> tuple[argparse.Namespace | None, int]:
     """(args in Megatron-LM's spelling, iteration)"""
-    common = load_rank_file(folder / COMMON) if (folder / COMMON).is_file() else {}
+    common, folder = source.load_common(), source.folder
     number = common.get("iteration")
     match = re.fullmatch(r"iter_(\d{7})", folder.name)
     iteration = number if isinstance(number, int) else int(match.group(1)) if match else 0

@@ -1,5 +1,7 @@
 """Folders that megatron-core's dist_checkpointing writes (torch_dist): `.metadata`, `*.distcp`, `common.pt`.
 
+Since 0.19 what `common.pt` held is an object among the tensors in `*.distcp`.
+
 Read without a process group and without running what is pickled in them. This file knows where bytes lie and gives
 named tensors of full shape, whatever the layout that wrote them; `megatron_dist.py` knows what the names mean.
 """
@@ -15,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink_lora.checkpoint.unpickle import RestrictedUnpickler
+from modellink_lora.checkpoint.unpickle import RestrictedUnpickler, load_common_state, load_rank_file
 from modellink_lora.config.errors import UserError
 
-METADATA = ".metadata"
+METADATA, COMMON = ".metadata", "common.pt"
+_COMMON_STATE = "common_state/shard_0_1"  # the object's name: the only shard of one
 
 
 class _Record:
@@ -73,6 +76,7 @@ class TorchDist:
     folder: Path
     entries: Mapping[str, Entry]
     dropped: Mapping[str, str]  # what else is there -> why it is not used
+    common: Chunk | None  # the object that took the place of common.pt
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """The full tensor `name`, or row `row` of its first dimension."""
@@ -97,15 +101,27 @@ class TorchDist:
             raise UserError(f"{self.folder}: the pieces of {name} cover {covered} of its {result.numel()} numbers")
         return result if row is None else result[0]
 
-    def load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
-        """One piece as it was written."""
+    def load_common(self) -> dict[str, Any]:
+        """What the writer kept beside its tensors, args and iteration among it; empty if there is nothing."""
+        path = self.folder / COMMON
+        if self.common is None:
+            return load_rank_file(path) if path.is_file() else {}
+        return load_common_state(self._bytes(self.common), self.folder / self.common.file)
+
+    def _bytes(self, chunk: Chunk) -> bytes:
         path = self.folder / chunk.file
         try:
             with path.open("rb") as file:
                 file.seek(chunk.start)
-                found = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
+                return file.read(chunk.length)
         except FileNotFoundError:
             raise UserError(f"{path} is missing: {METADATA} names it") from None
+
+    def load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+        """One piece as it was written."""
+        path, data = self.folder / chunk.file, self._bytes(chunk)
+        try:
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises a dozen types for a bad file
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{path}: damaged or cut short ({reason})") from None
@@ -131,7 +147,9 @@ def open_torch_dist(folder: Path) -> TorchDist:
         storage = {_key(index): info for index, info in document.storage_data.items()}
         described = document.state_dict_metadata.items()
         entries = {name: _entry(name, found, storage) for name, found in described if _is_weight(name, found)}
-        dropped = {_kind(name): "not a weight" for name, found in described if not _is_weight(name, found)}
+        common = _piece(_COMMON_STATE, (), (), storage) if (_COMMON_STATE, ()) in storage else None
+        dropped = {_kind(name): "not a weight" for name, found in described
+                   if not _is_weight(name, found) and name != _COMMON_STATE}  # fmt: skip
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # pickle raises a dozen types for a bad file
@@ -139,7 +157,7 @@ def open_torch_dist(folder: Path) -> TorchDist:
         raise UserError(f"{path}: damaged, cut short or of an unknown version ({reason})") from None
     if not entries:
         raise UserError(f"{path}: describes no weights")
-    return TorchDist(folder, entries, dropped)
+    return TorchDist(folder, entries, dropped, common)
 
 
 def _is_weight(name: str, found: Any) -> bool:
@@ -161,16 +179,17 @@ def _entry(name: str, found: Any, storage: Mapping[tuple[str, tuple[int, ...]], 
     dtype = next((x for x in _state(found.properties) if isinstance(x, torch.dtype)), None)
     if dtype is None:
         raise UserError(f"says no dtype for {name}")
-    chunks = []
-    for piece in found.chunks:
-        offsets, sizes = tuple(piece.offsets), tuple(piece.sizes)
-        info = storage.get((name, offsets)) or storage.get((name, ()))
-        if info is None:
-            raise UserError(f"does not say where the piece of {name} at {list(offsets)} is stored")
-        if "/" in info.relative_path or getattr(info, "transform_descriptors", None):
-            raise UserError(f"stores {name} in a way that is not read ({info.relative_path})")
-        chunks.append(Chunk(offsets, sizes, info.relative_path, int(info.offset), int(info.length)))
-    return Entry(tuple(found.size), dtype, tuple(chunks))
+    chunks = tuple(_piece(name, tuple(piece.offsets), tuple(piece.sizes), storage) for piece in found.chunks)
+    return Entry(tuple(found.size), dtype, chunks)
+
+
+def _piece(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], storage: Mapping[Any, Any]) -> Chunk:
+    info = storage.get((name, offsets)) or storage.get((name, ()))
+    if info is None:
+        raise UserError(f"does not say where the piece of {name} at {list(offsets)} is stored")
+    if "/" in info.relative_path or getattr(info, "transform_descriptors", None):
+        raise UserError(f"stores {name} in a way that is not read ({info.relative_path})")
+    return Chunk(offsets, sizes, info.relative_path, int(info.offset), int(info.length))
 
 
 def _state(record: Any) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
@@ -97,13 +98,26 @@ def load_rank_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    return _dictionary(_load(path, path, mmap=True), path)
+
+
+def load_common_state(data: bytes, path: Path) -> dict[str, Any]:
+    """The dictionary that `data`, found in `path`, holds in a list of one. Raises UserError as `load_rank_file`."""
+    document = _load(io.BytesIO(data), path)
+    return _dictionary(document[0] if isinstance(document, list) and len(document) == 1 else document, path)
+
+
+def _load(source: Any, path: Path, **options: Any) -> Any:
     try:
-        document = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE_MODULE)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PICKLE_MODULE, **options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # torch and pickle raise a dozen types for a bad file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged, cut short or not a checkpoint ({reason})") from None
+
+
+def _dictionary(document: Any, path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds a {type(document).__name__}, expected the dictionary of a Megatron checkpoint")
     return document

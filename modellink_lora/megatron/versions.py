@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
+import importlib.util
 import re
+from pathlib import Path
 
 from modellink_lora.config.errors import UserError
 
@@ -19,12 +21,21 @@ def release(version: str | None = None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@functools.cache
 def installed() -> str:
-    """The version of megatron-core that is installed. Raises UserError when none is."""
+    """The version that an import would find, pip's or that of a source tree on PYTHONPATH; it is not imported for it.
+
+    Raises UserError when there is none.
+    """
     try:
-        return importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed: pip install 'megatron-core{_range()}'") from None
+        found = importlib.util.find_spec("megatron.core")
+    except ModuleNotFoundError:  # not even `megatron`
+        found = None
+    if found is None or found.origin is None:
+        raise UserError(f"megatron-core is not installed: pip install 'megatron-core{_range()}'")
+    text = Path(found.origin).with_name("package_info.py").read_text(encoding="utf-8")
+    numbers = dict(re.findall(r"^(MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
+    return ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
 
 
 def check_version() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +14,29 @@ from modellink_lora.device import redirect
 from modellink_lora.megatron import versions
 
 
+@pytest.fixture(autouse=True)
+def looked_up_anew() -> Iterator[None]:
+    versions.installed.cache_clear()
+    yield
+    versions.installed.cache_clear()
+
+
 def install(version: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the metadata of that release before those of the real one."""
-    folder = site / f"megatron_core-{version}.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {version}\n")
+    """Put a source tree of that release before the real one."""
+    major, minor, patch = version.split(".")
+    core = site / "megatron/core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise AssertionError('imported')")
+    (core / "package_info.py").write_text(f"# x\n\nMAJOR = {major}\nMINOR = {minor}\nPATCH = {patch}\n")
     monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "megatron.core", raising=False)
 
 
-@pytest.mark.parametrize("version", ["0.14.0", "0.15.0rc1", "0.16.1", "0.19.2"])
+def test_the_version_is_that_of_the_package_which_is_imported() -> None:
+    assert versions.installed() == importlib.metadata.version("megatron-core")
+
+
+@pytest.mark.parametrize("version", ["0.14.0", "0.15.3", "0.16.1", "0.19.2"])
 def test_any_release_of_a_minor_version_that_was_tried_is_taken(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
