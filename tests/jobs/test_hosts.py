@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -169,6 +170,16 @@ def test_a_lost_host_ends_the_job_within_a_minute_and_the_last_checkpoint_resume
     same(save, straight(TP2_DP2))
 
 
+def ranks_of(job: Job) -> dict[int, psutil.Process]:
+    """The training processes of a launcher, which is itself started by another program here."""
+    found = {}
+    for process in job.workers():
+        with contextlib.suppress(psutil.Error):
+            found[int(process.environ().get("RANK", -1))] = process
+    found.pop(-1, None)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_rank_killed_at_any_moment_is_named_with_host_and_signal(source: Source, tmp_path: Path, seed: int) -> None:
@@ -178,12 +189,11 @@ def test_a_rank_killed_at_any_moment_is_named_with_host_and_signal(source: Sourc
         words = flags(source, save, **TP2_PP2, **{"train-iters": ENDLESS})
         with fleet(made.hosts, words, tmp_path, program=PRODUCT, kind=moment.choice(["classic", "c10d"])) as job:
             place = moment.randrange(2)
-            workers = job.jobs[place].workers
-            job.until(lambda: len([p for p in workers() if "posttrain_gpt.py" in p.cmdline()[1]]) == 2)
+            job.until(lambda: len(ranks_of(job.jobs[place])) == 2)
             if moment.random() < 0.5:
                 job.until(lambda: saved(save) >= 2)
             time.sleep(moment.uniform(0, 10))
-            ranks = {int(p.environ()["RANK"]): p for p in workers() if "posttrain_gpt.py" in p.cmdline()[1]}
+            ranks = ranks_of(job.jobs[place])
             rank = moment.choice(sorted(ranks))
             kill(ranks[rank], number)
             ends_in_time(job)
