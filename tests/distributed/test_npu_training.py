@@ -135,17 +135,11 @@ def test_a_run_goes_on_from_the_checkpoint_of_the_other_device(base: Path, on_cp
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_npu_resumes_bit_for_bit_there_and_loads_bit_for_bit_on_the_cpu(
-    base: Path, tmp_path: Path
-) -> None:
-    whole, half, rest, same = (tmp_path / name for name in ("whole", "half", "rest", "same"))
+def test_a_run_on_npus_goes_on_from_its_own_checkpoint_bit_for_bit(base: Path, tmp_path: Path) -> None:
+    whole, half, rest = (tmp_path / name for name in ("whole", "half", "rest"))
     train_on_npus(base, whole, *TP2)
     train_on_npus(base, half, *TP2, iterations=3)
     train_on_npus(base, rest, *TP2, "--lora-load", half)
     assert losses(rest) == losses(whole)[3:]
     for name, tensor in adapter_tensors(whole).items():
         assert torch.equal(adapter_tensors(rest)[name], tensor), name
-    # a learning rate of 0 takes the state through the CPU's model and optimizer and leaves it as it is
-    train_on_cpu(base, same, 6, lora_load=str(whole), lr=0.0, min_lr=0.0, finetune=True)
-    for name, tensor in adapter_tensors(whole).items():
-        assert torch.equal(adapter_tensors(same)[name], tensor), name

@@ -76,7 +76,7 @@ def run_on_simulated_npu(
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
-def run_on_null_npu(module: str, args: Sequence[str] = (), *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_on_null_npu(module: str, args: Sequence[str] = (), *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run `module` in one process on an NPU whose operators do nothing but note that they were launched."""
     skip_without_simulator()
     environment = simulator_environment()
