@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from modellink_lora.device import Device
-    from modellink_lora.diagnosis.ranks import Meeting
+    from modellink_lora.diagnosis.ranks import Meeting, Person
 
 _MARKS = {
     "ok": ("ok", "green"),
@@ -66,13 +66,16 @@ def _examine(
     from modellink_lora.cli.processes import joined
     from modellink_lora.cli.signals import Stop
     from modellink_lora.diagnosis.links import limit
+    from modellink_lora.diagnosis.ranks import Meeting
 
     kind, unavailable = _kind(config, launch)
     environment = _environment(launch, kind)
     for finding in environment:
         if finding.what == "GLOO_SOCKET_IFNAME" and finding.level == "problem":  # gloo would end with a traceback
             raise UserError(f"{finding.what}={finding.found}: {finding.advice}")
-    meeting = _meet(config, launch, kind, report) if launch.world_size > 1 else None
+    meeting = _meet(config, launch, kind)
+    if meeting:
+        _tell(meeting, report)
     stop = Stop()
     minutes = max(1, round(config.timeout_seconds * 5 / 60))
     with joined(launch, device=kind, timeout_minutes=minutes, stop=stop) as (device, here):
@@ -87,14 +90,18 @@ def _examine(
             return limit(config.timeout_seconds * (1 if launch.is_first else 1.5), line, ended)
 
         words: list[Any] = [command, variables]
-        if meeting:
+        if launch.world_size > 1:
+            if not meeting:
+                everybody: list[Any] = [None] * launch.world_size
+                dist.all_gather_object(everybody, _introduction(launch, kind))
+                meeting = Meeting(everybody)
+                _tell(meeting, report)
             dist.broadcast_object_list(words, src=0, device=_cpu())
         mine = [*unavailable, *_local(config, launch, device, here, words, environment, guard)]
         everyone: list[Any] = [mine]
         if meeting:
             everyone = [[]] * launch.world_size
             dist.all_gather_object(everyone, mine)
-            report.hosts = meeting.hosts
         report.show(merged(everyone, report.hosts))
         if meeting:
             _links(device, here, meeting, guard, report)
@@ -162,24 +169,40 @@ def _local(
     return [*found, *wrong]
 
 
-def _meet(config: DoctorConfig, launch: Launch, kind: str, report: _Report) -> Meeting:
-    """Find the other processes, and say who they are. Raises UserError naming who is missing or out of reach."""
+def _meet(config: DoctorConfig, launch: Launch, kind: str) -> Meeting | None:
+    """Find the other processes at torchrun's store. Raises UserError naming who is missing or out of reach.
+
+    Without torchrun rank 0 will hold the store, once, for the process group: the processes then meet only there.
+    """
+    from modellink_lora.diagnosis.ranks import meet
+
+    if launch.world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return meet(
+        address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
+        me=_introduction(launch, kind), seconds=config.timeout_seconds,
+    )  # fmt: skip
+
+
+def _introduction(launch: Launch, kind: str) -> Person:
     from modellink_lora.diagnosis.host import address_of
-    from modellink_lora.diagnosis.ranks import difference_findings, meet
+    from modellink_lora.diagnosis.ranks import Person
     from modellink_lora.diagnosis.versions import versions
 
-    meeting = meet(
-        address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
-        host=os.uname().nodename, listen=address_of(os.environ.get("GLOO_SOCKET_IFNAME")),
-        facts={"device": kind, **versions(kind)}, serve=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        seconds=config.timeout_seconds,
-    )  # fmt: skip
+    several = launch.local_world_size < launch.world_size
+    address = address_of(os.environ.get("GLOO_SOCKET_IFNAME"), toward=launch.master_address if several else None)
+    return Person(os.uname().nodename, address, {"device": kind, **versions(kind)})
+
+
+def _tell(meeting: Meeting, report: _Report) -> None:
+    """Who the ranks are, and in what they differ."""
+    from modellink_lora.diagnosis.ranks import difference_findings
+
     report.hosts = meeting.hosts
     report.show_ranks(meeting)
     report.show(difference_findings(meeting.facts, meeting.hosts))
     if len({one["device"] for one in meeting.facts}) > 1:
         raise UserError("the ranks are on different kinds of devices, see the table: they cannot join; give --device")
-    return meeting
 
 
 def _links(device: Device, here: torch.device, meeting: Meeting, guard: Callable[[str], Any], report: _Report) -> None:
@@ -234,12 +257,10 @@ class _Report:
             from modellink_lora.reporting.report import print_table
 
             rows = [
-                (str(rank), host, address, facts["device"], facts["torch"])
-                for rank, (host, address, facts) in enumerate(
-                    zip(meeting.hosts, meeting.addresses, meeting.facts, strict=True)
-                )
+                (str(rank), person.host, person.address, person.facts["device"], person.facts["torch"])
+                for rank, person in enumerate(meeting.people)
             ]
-            print_table("ranks, all of which reach each other", rows, ("rank", "host", "address", "device", "torch"))
+            print_table("ranks", rows, ("rank", "host", "address", "device", "torch"))
 
     def agree(self) -> None:
         """Have all processes end alike."""

@@ -26,40 +26,48 @@ _CLOCKS_APART = 2.0  # seconds
 
 
 @dataclass(frozen=True)
+class Person:
+    """What a process says of itself: where it runs, at what address gloo will listen, and facts to be compared."""
+
+    host: str
+    address: str
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Meeting:
-    """What a process knows before it joins. The store stays open: it may be the one that the process group uses."""
+    """All processes, by rank."""
 
-    hosts: list[str]  # by rank
-    addresses: list[str]
-    facts: list[dict[str, str]]
-    store: dist.Store
+    people: list[Person]
+
+    @property
+    def hosts(self) -> list[str]:
+        return [person.host for person in self.people]
+
+    @property
+    def facts(self) -> list[dict[str, str]]:
+        return [person.facts for person in self.people]
 
 
-def meet(
-    *, address: str, port: int, rank: int, world_size: int, host: str, listen: str, facts: dict[str, str],
-    serve: bool, seconds: float,
-) -> Meeting:  # fmt: skip
-    """Wait until all ranks are at the store and have reached each other over TCP.
+def meet(*, address: str, port: int, rank: int, world_size: int, me: Person, seconds: float) -> Meeting:
+    """Wait until all ranks are at the launcher's store, and have reached each other over TCP.
 
     Args:
-        address, port: of the job's store.
-        listen: the address of this process at which gloo will listen.
-        facts: of this process, for the others.
-        serve: nobody else keeps the store, so rank 0 does.
+        address, port: of the store.
     Raises:
         UserError: on all ranks with the same line, naming the ranks that are missing or out of reach.
     """
-    store = _store(address, port, rank, serve and rank == 0, seconds)
-    with _listening(listen) as door:
-        store.set(f"{_PREFIX}{rank}", json.dumps([host, listen, door, facts]))
-        places = _gather(store, "", rank, world_size, seconds, f"the store at {address}:{port}")
-        hosts, addresses = [place[0] for place in places], [place[1] for place in places]
-        store.set(f"{_PREFIX}out-of-reach/{rank}", json.dumps(_out_of_reach(rank, places, seconds)))
+    store = _store(address, port, rank, seconds)
+    with _listening(me.address) as door:
+        store.set(f"{_PREFIX}{rank}", json.dumps([me.host, me.address, me.facts, door]))
+        said = _gather(store, "", rank, world_size, seconds, f"the store at {address}:{port}")
+        people, doors = [Person(*words[:3]) for words in said], [words[3] for words in said]
+        store.set(f"{_PREFIX}out-of-reach/{rank}", json.dumps(_out_of_reach(rank, people, doors, seconds)))
         tried = _gather(store, "out-of-reach/", rank, world_size, 2 * seconds + 10, "the others")
         if failed := [line for lines in tried for line in lines]:
             more = f" (and {len(failed) - 1} more pairs)" if len(failed) > 1 else ""
             raise UserError(f"{failed[0]}{more}")
-    return Meeting(hosts, addresses, [place[3] for place in places], store)
+    return Meeting(people)
 
 
 def difference_findings(facts: Sequence[dict[str, str]], hosts: Sequence[str]) -> list[Finding]:
@@ -91,10 +99,10 @@ def unlike(values: Sequence[str], hosts: Sequence[str]) -> str:
     return ", ".join(f"{value} on {' '.join(dict.fromkeys(names))}" for value, names in places.items())
 
 
-def _store(address: str, port: int, rank: int, serve: bool, seconds: float) -> dist.Store:
+def _store(address: str, port: int, rank: int, seconds: float) -> dist.Store:
     try:
         return dist.TCPStore(
-            address, port, is_master=serve, wait_for_workers=False, multi_tenant=True,
+            address, port, is_master=False, wait_for_workers=False,
             timeout=datetime.timedelta(seconds=seconds),
         )  # fmt: skip
     except RuntimeError as error:  # of the network
@@ -114,7 +122,7 @@ def _gather(store: dist.Store, name: str, rank: int, world_size: int, seconds: f
         there = [store.check([key]) for key in keys]
         values = [json.loads(store.get(key)) if here else None for key, here in zip(keys, there, strict=True)]
         store.set(verdict, json.dumps(values))
-        # the store may be this process's own: nobody could read it any more once this one has ended
+        # the launcher ends the store, and all processes, once this one has ended
         _until(store, [f"{read}{other}" for other, here in enumerate(there) if here and other], seconds=10)
     else:
         try:
@@ -153,22 +161,22 @@ def _listening(address: str) -> Iterator[int]:
         yield door.getsockname()[1]
 
 
-def _out_of_reach(rank: int, places: Sequence[Sequence[Any]], seconds: float) -> list[str]:
+def _out_of_reach(rank: int, people: Sequence[Person], doors: Sequence[int], seconds: float) -> list[str]:
     """A line for each other host's first process, and each process of this host, that does not answer."""
-    host, known, lines = places[rank][0], set(), []
-    for other, (there, address, door, _) in enumerate(places):
-        if other == rank or (there != host and there in known):
+    me, known, lines = people[rank], set(), []
+    for other, (person, door) in enumerate(zip(people, doors, strict=True)):
+        if other == rank or (person.host != me.host and person.host in known):
             continue
-        known.add(there)
+        known.add(person.host)
         reason = "it cannot listen there"
         if door:
             try:
-                socket.create_connection((address, int(door)), timeout=min(seconds, 10)).close()
+                socket.create_connection((person.address, door), timeout=min(seconds, 10)).close()
                 continue
             except OSError as error:
                 reason = error.strerror or str(error)
         lines.append(
-            f"rank {rank} on host {host} does not reach rank {other} on host {there} at {address} ({reason}): name the "
-            "interface that reaches the others in GLOO_SOCKET_IFNAME, and check firewalls"
+            f"rank {rank} on host {me.host} does not reach rank {other} on host {person.host} at {person.address} "
+            f"({reason}): name the interface that reaches the others in GLOO_SOCKET_IFNAME, and check firewalls"
         )
     return lines

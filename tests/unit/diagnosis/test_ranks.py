@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.diagnosis.ranks import Meeting, clock_finding, difference_findings, meet
+from modellink_lora.diagnosis.ranks import Meeting, Person, clock_finding, difference_findings, meet
 
 
 def free_port() -> int:
@@ -28,15 +29,18 @@ def attempt(**arguments: Any) -> Meeting | str:
 def meetings(addresses: list[str], *, world_size: int, seconds: float) -> list[Meeting | str]:
     """Each rank in a thread; those beyond `addresses` do not come."""
     port = free_port()
+    launcher = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     with ThreadPoolExecutor(len(addresses)) as threads:
         waiting = [
             threads.submit(
-                attempt, address="127.0.0.1", port=port, rank=rank, world_size=world_size, host=f"n{rank}",
-                listen=address, facts={"torch": f"2.{rank}"}, serve=True, seconds=seconds,
+                attempt, address="127.0.0.1", port=port, rank=rank, world_size=world_size,
+                me=Person(f"n{rank}", address, {"torch": f"2.{rank}"}), seconds=seconds,
             )
             for rank, address in enumerate(addresses)
         ]  # fmt: skip
-        return [one.result() for one in waiting]
+        said = [one.result() for one in waiting]
+    del launcher
+    return said
 
 
 def test_all_learn_of_all() -> None:
@@ -61,8 +65,8 @@ def test_a_rank_that_cannot_be_reached_is_named_by_all() -> None:
 def test_a_store_that_is_not_there_is_an_error_that_names_it() -> None:
     port = free_port()
     with pytest.raises(UserError, match=f"rank 1 on host .* does not reach the job's store at 127.0.0.1:{port}"):
-        meet(address="127.0.0.1", port=port, rank=1, world_size=2, host="b", listen="127.0.0.1", facts={},
-             serve=False, seconds=1)  # fmt: skip
+        meet(address="127.0.0.1", port=port, rank=1, world_size=2,
+             me=Person("b", "127.0.0.1", {}), seconds=1)  # fmt: skip
 
 
 def test_a_host_with_another_torch_is_named() -> None:
