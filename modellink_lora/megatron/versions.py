@@ -10,7 +10,7 @@ from pathlib import Path
 from modellink_lora.config.errors import UserError
 
 # To try another version add it here, run `tests/versions.sh` on it, and write down in docs/versions.md what came out.
-TRIED = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
+TRIED = ("0.14", "0.15", "0.16", "0.17", "0.19")
 
 
 def release(version: str | None = None) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def check_version() -> None:
     """Raise UserError unless the installed minor version was tried. A refusal, because wrong training shows nothing."""
     if release() not in [release(version) for version in TRIED]:
         raise UserError(
-            f"megatron-core {installed()} was not tried with this package; tried are {TRIED[0]} to {TRIED[-1]}: "
+            f"megatron-core {installed()} was not tried with this package; tried are {', '.join(TRIED)}: "
             f"pip install 'megatron-core{_range()}'"
         )
 
