@@ -10,7 +10,7 @@ from pathlib import Path
 from modellink_lora.config.errors import UserError
 
 # To try another version add it here, run `tests/versions.sh` on it, and write down in docs/versions.md what came out.
-TRIED = ("0.14", "0.15", "0.16", "0.17", "0.19")
+TRIED = ("0.14", "0.15", "0.16", "0.17", "0.18", "0.19")
 
 
 def release(version: str | None = None) -> tuple[int, int]:
