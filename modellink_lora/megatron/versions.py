@@ -42,7 +42,7 @@ def check_version() -> None:
     """Raise UserError unless the installed minor version was tried. A refusal, because wrong training shows nothing."""
     if release() not in [release(version) for version in TRIED]:
         raise UserError(
-            f"megatron-core {installed()} was not tried with this package; tried are {TRIED[0]} to {TRIED[-1]}: "
+            f"megatron-core {installed()} was not tried with this package; tried are {', '.join(TRIED)}: "
             f"pip install 'megatron-core{_range()}'"
         )
 

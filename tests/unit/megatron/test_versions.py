@@ -52,7 +52,7 @@ def test_another_version_is_refused_with_the_command_that_helps(
     with pytest.raises(UserError) as refused:
         redirect.install(redirect.CPU)
     assert str(refused.value) == (
-        f"megatron-core {version} was not tried with this package; tried are 0.14 to 0.19: "
+        f"megatron-core {version} was not tried with this package; tried are {', '.join(versions.TRIED)}: "
         "pip install 'megatron-core>=0.14,<0.20'"
     )
 
