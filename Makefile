@@ -53,8 +53,9 @@ bench-generate: $(INSTALLED)  ## decoding beside transformers and PEFT, scoring 
 	$(BIN)/python -m benchmarks.bench_evaluate
 	$(BIN)/python -m benchmarks.tables
 
-bench-gpu: $(INSTALLED)  ## LoRA benchmarks on one GPU; says so if torch sees none
+bench-gpu: $(INSTALLED)  ## LoRA layers, and a 7B model beside PEFT, on one GPU; says so if torch sees none
 	$(BIN)/python -m benchmarks.bench_lora_gpu
+	$(BIN)/python -m benchmarks.bench_train_gpu
 	$(BIN)/python -m benchmarks.tables
 
 clean:  ## remove what make and the tools created, .venv included

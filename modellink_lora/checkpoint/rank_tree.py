@@ -179,8 +179,8 @@ def _load_all(folder: Path, flag: str) -> dict[tuple[int, int, int], dict[str, A
         match = re.fullmatch(r"mp_rank_(\d{2})((?:_\d{3}){0,2})", path.name)
         if not match:
             raise UserError(f"{path}: unexpected folder name; expected mp_rank_TT, mp_rank_TT_PPP or ..._PPP_EEE")
-        others = (int(number) for number in match[2].split("_")[1:])
-        found[(int(match[1]), *others)] = path / FILE
+        numbers = [match[1], *match[2].split("_")[1:]]
+        found[tuple(map(int, numbers))] = path / FILE
     if not found:
         raise UserError(f"{flag} {folder}: holds no mp_rank_* folders (it is empty)")
     if len({len(numbers) for numbers in found}) > 1:

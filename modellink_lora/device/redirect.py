@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.megatron.versions import check_version, installed
@@ -70,7 +69,9 @@ def install(redirect: Redirect, *, rotary: Callable[..., torch.Tensor] | None = 
         UserError: megatron-core is missing, of a version that was not tried, or lacks what is replaced.
     """
     check_version()
-    inductor_config.compile_threads = 1  # nothing is compiled; yet torch 2.7 starts a worker for every core at once
+    import torch._inductor.config as inductor  # seconds, which megatron-core spends on it in any case
+
+    inductor.compile_threads = 1  # nothing is compiled; yet torch 2.7 starts a worker for every core at once
     for name in _MODULES:
         importlib.import_module(name)
     if hasattr(torch.compiler, "set_stance"):
