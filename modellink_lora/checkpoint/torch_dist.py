@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink_lora.checkpoint.unpickle import RestrictedUnpickler, load_common_state, load_rank_file
+from modellink_lora.checkpoint.unpickle import Inert, RestrictedUnpickler, load_common_state, load_rank_file
 from modellink_lora.config.errors import UserError
 
 METADATA, COMMON = ".metadata", "common.pt"
 _COMMON_STATE = "common_state/shard_0_1"  # the object's name: the only shard of one
 
 
-class _Record:
+class _Record(Inert):
     """Stands in for every class of torch.distributed: keeps what was stored and does nothing.
 
     The classes differ between versions of torch, and some describe the writer's plan, which is of no use here.

@@ -38,12 +38,28 @@ def test_a_pickle_that_runs_a_command_is_refused_and_does_not_run(tmp_path: Path
     assert marker.exists(), "the file must be dangerous for the test to mean anything"
 
 
-@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "open"])
+@pytest.mark.parametrize("name", ["eval", "exec", "__import__", "open"])
 def test_dangerous_builtins_are_refused(name: str, tmp_path: Path) -> None:
     import builtins
 
     torch.save({"model": getattr(builtins, name)}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=name):
+        load_rank_file(tmp_path / "x.pt")
+
+
+class _Attribute:
+    """Pickles as an attribute of `owner`, which is how Python 3.11.2 stores a member of an enum."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_an_attribute_of_what_is_really_there_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": _Attribute(int, "__class__")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="contains getattr of '__class__'"):
         load_rank_file(tmp_path / "x.pt")
 
 
@@ -65,9 +81,10 @@ def test_members_of_absent_libraries_are_inert(tmp_path: Path, monkeypatch: pyte
     module.Kind = type("Kind", (), {"__module__": "modellink.enums"})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modellink", types.ModuleType("modellink"))
     monkeypatch.setitem(sys.modules, "modellink.enums", module)
-    torch.save({"args": argparse.Namespace(kind=module.Kind())}, tmp_path / "x.pt")
+    torch.save({"args": argparse.Namespace(kind=module.Kind(), member=_Attribute(module.Kind, "a"))}, tmp_path / "x.pt")
     monkeypatch.undo()
-    assert isinstance(load_rank_file(tmp_path / "x.pt")["args"].kind, Inert)
+    args = load_rank_file(tmp_path / "x.pt")["args"]
+    assert isinstance(args.kind, Inert) and isinstance(args.member, Inert)
 
 
 class _NpuTensor:
