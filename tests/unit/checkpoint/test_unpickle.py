@@ -58,7 +58,7 @@ class _Attribute:
 
 
 def test_an_attribute_of_what_is_really_there_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": _Attribute(int, "__class__")}, tmp_path / "x.pt")
+    torch.save({"model": _Attribute(dict, "__class__")}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="contains getattr of '__class__'"):
         load_rank_file(tmp_path / "x.pt")
 
