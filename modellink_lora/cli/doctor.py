@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modellink_lora.cli.ending import end
 from modellink_lora.cli.flags import build_parser
 from modellink_lora.cli.launch import Launch
+from modellink_lora.cli.network import set_network_defaults
 from modellink_lora.cli.training_command import command_of, read_command, variables_of
 from modellink_lora.config.doctor import DoctorConfig
 from modellink_lora.config.errors import UserError
@@ -189,8 +190,8 @@ def _introduction(launch: Launch, kind: str) -> Person:
     from modellink_lora.diagnosis.ranks import Person
     from modellink_lora.diagnosis.versions import versions
 
-    several = launch.local_world_size < launch.world_size
-    address = address_of(os.environ.get("GLOO_SOCKET_IFNAME"), toward=launch.master_address if several else None)
+    set_network_defaults(launch)
+    address = address_of(os.environ.get("GLOO_SOCKET_IFNAME"))
     return Person(os.uname().nodename, address, {"device": kind, **versions(kind)})
 
 
@@ -280,9 +281,14 @@ class _Report:
                 f"{len(wrong)} problem{'s' * (len(wrong) != 1)}, {warnings} warning{'s' * (warnings != 1)}", flush=True
             )
             if path:
-                Path(path).write_text(json.dumps(
-                    {"findings": [finding.as_json() for finding in self.findings], "hosts": self.hosts,
-                     "problems": len(wrong), "warnings": warnings}, indent=2, ensure_ascii=False) + "\n")  # fmt: skip
+                from modellink_lora.checkpoint.store import replacing_file
+
+                found = {
+                    "findings": [finding.as_json() for finding in self.findings], "hosts": self.hosts,
+                    "problems": len(wrong), "warnings": warnings,
+                }  # fmt: skip
+                with replacing_file(Path(path)) as temporary:
+                    temporary.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         return 1 if wrong else 0
 
 

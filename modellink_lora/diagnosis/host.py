@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
@@ -21,7 +20,6 @@ from modellink_lora.diagnosis.finding import Finding, Level
 
 TOPIC = "host"
 _GIB = 2**30
-_NOWHERE = "192.0.2.1"  # an address that belongs to nobody: the way there is the default route
 _MOSTLY = 0.9
 _LITTLE_DISK, _NO_DISK = 5 * _GIB, _GIB // 10
 _SHARED = Path("/dev/shm")
@@ -83,20 +81,12 @@ def folders_of(save: Path | None) -> dict[str, Path]:
     return {"disk of --save": save, **found} if save else found
 
 
-def address_of(interface: str | None, *, toward: str | None) -> str:
-    """Where gloo listens: at `interface`; else, with other hosts, where the way `toward` the first one begins.
-
-    Without other hosts, or where that is unknown, at the address of the host's name, else at itself only.
-    """
+def address_of(interface: str | None) -> str:
+    """Where gloo listens: at `interface`, else at the address of the host's name, else at itself only."""
     if interface:
         found = psutil.net_if_addrs().get(interface.split(",")[0], [])
         addresses = [one.address for one in found if one.family in (socket.AF_INET, socket.AF_INET6)]
         return addresses[0].split("%")[0] if addresses else "127.0.0.1"
-    for place in (toward, _NOWHERE) if toward else ():  # the first host may know itself by a loopback address
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((place, 9))  # sends nothing
-            if not (source := str(probe.getsockname()[0])).startswith("127."):
-                return source
     try:
         address = socket.gethostbyname(socket.gethostname())
         with socket.socket() as door:  # gloo takes it only if this host has it

@@ -140,8 +140,14 @@ FIRST_OF_KIND = list({kind(script): EXAMPLES / script for script in SCRIPTS}.val
 @pytest.mark.parametrize(
     "scripts",
     [
-        [*FIRST_OF_KIND, *EXAMPLES.glob("*.sh"), *EXAMPLES.glob("slurm/*.sh"), ROOT / ".ci/run"],
-        pytest.param([path for path in EXAMPLES.rglob("*.sh") if path not in FIRST_OF_KIND], marks=pytest.mark.slow),
+        [
+            *FIRST_OF_KIND,
+            *EXAMPLES.glob("*.sh"),
+            *EXAMPLES.glob("slurm/*.sh"),
+            ROOT / "tests/versions.sh",
+            ROOT / ".ci/run",
+        ],
+        pytest.param([path for path in EXAMPLES.glob("*/*/*.sh") if path not in FIRST_OF_KIND], marks=pytest.mark.slow),
     ],
     ids=["one of a kind", "the others"],
 )
