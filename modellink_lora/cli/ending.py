@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 _ending = threading.Lock()  # taken once and never given back: the first reason is the one that is told
 
@@ -68,3 +69,39 @@ def watch_launcher(poll_seconds: float = 0.5) -> None:
         end(f"error: the launcher (torchrun, process {launcher}) is gone: its processes end with it", 1, speak=speak)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+class _Lasting:
+    """A stream whose reader may go away: what is printed then goes nowhere, and the caller goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def outlast_readers() -> None:
+    """Let the program go on, and save, when nobody reads its output any more: `| head`, a `tee` that was killed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream))

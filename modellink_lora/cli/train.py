@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modellink_lora.cli.accepted import ACCEPTED, REFUSED
+from modellink_lora.cli.ending import outlast_readers
 from modellink_lora.cli.flags import Parser, build_parser
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import joined, one_writer
@@ -19,6 +20,7 @@ from modellink_lora.config.train import SftDataConfig, TrainConfig
 
 def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
     """Fine-tune. `pretrain` is set by pretrain_gpt.py, which older scripts call for instruction data too."""
+    outlast_readers()
     launch = Launch.from_environment()
     parser = training_parser("pretrain_gpt.py" if pretrain else "posttrain_gpt.py")
     given = parser.parse(argv)

@@ -62,3 +62,22 @@ def test_torchrun_reads_the_note_of_a_failure(tmp_path: Path, monkeypatch: pytes
     assert failure.message["extraInfo"]["py_callstack"] == "error: --lr is missing"  # what its summary prints
     record_error("KeyError: 'x'", KeyError("x"))
     assert "KeyError: 'x'" in json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"]
+
+
+TALKER = """
+import sys
+from modellink_lora.cli.ending import outlast_readers
+outlast_readers()
+for i in range(3000):
+    print("a line that fills the pipe sooner or later", flush=True)
+    print("an error too", file=sys.stderr, flush=True)
+open(sys.argv[1], "w").write("saved")
+"""
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TALKER, str(tmp_path / "file")]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert started.stdout and started.stdout.readline().startswith(b"a line")
+    started.stdout.close()
+    assert started.wait(30) == 0 and (tmp_path / "file").read_text() == "saved"
