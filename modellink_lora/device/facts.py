@@ -54,9 +54,9 @@ def name(kind: str, index: int) -> str:
     return "CPU"
 
 
-def fits_torch_npu(torch_npu: str, of_torch: str) -> bool:
+def fits_torch_npu(release: str, of_torch: str) -> bool:
     """Whether a release of torch_npu was built for a release of torch: `2.7.1.post4` for `2.7.1+cpu`."""
-    return _numbers(torch_npu) == _numbers(of_torch)
+    return _numbers(release) == _numbers(of_torch)
 
 
 # Releases of CANN that torch_npu's README names for its own: by the release's first numbers.
@@ -67,9 +67,9 @@ _CANN = {
 }
 
 
-def documented_cann(torch_npu: str) -> str | None:
+def documented_cann(release: str) -> str | None:
     """The release of CANN that is documented for a release of torch_npu; None where we know of none."""
-    return next((cann for cann, releases in _CANN.items() if torch_npu.split("+")[0] in releases), None)
+    return next((cann for cann, releases in _CANN.items() if release.split("+")[0] in releases), None)
 
 
 def _numbers(version: str) -> tuple[str, ...]:

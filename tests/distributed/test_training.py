@@ -66,8 +66,15 @@ def fifty(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return tune(base, tmp_path_factory.mktemp("fifty"), PP2, train_iters=50)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("parallel", [TP2_SP, PP2], ids=["tp2-sp", "pp2"])
+@pytest.mark.parametrize(
+    "dtype, parallel",
+    [
+        pytest.param("bf16", TP2_SP, id="tp2-sp-bf16", marks=pytest.mark.slow),
+        pytest.param("fp16", TP2_SP, id="tp2-sp-fp16"),
+        pytest.param("bf16", PP2, id="pp2-bf16"),
+        pytest.param("fp16", PP2, id="pp2-fp16"),
+    ],
+)
 def test_low_precision_follows_fp32(
     dtype: str, parallel: dict[str, Any], base: Path, fifty: list[float], tmp_path: Path
 ) -> None:
