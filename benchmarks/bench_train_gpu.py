@@ -95,6 +95,7 @@ def ours(flags: dict[str, Any], model: ModelConfig, tokens: Tensor, device: Any,
     from modellink_lora.parallel.random import seed_everything
     from modellink_lora.reporting.telemetry import Telemetry
     from modellink_lora.training.base import Base
+    from modellink_lora.training.graphs import passes_of
     from modellink_lora.training.optimizer import make_optimizer, wrap_data_parallel
     from modellink_lora.training.setup import set_up
     from modellink_lora.training.step import train_step
@@ -109,7 +110,7 @@ def ours(flags: dict[str, Any], model: ModelConfig, tokens: Tensor, device: Any,
         overrides={"calculate_per_token_loss": True}, fusion=Fusion(device) if train.lora_fusion else None,
         transformer_impl=train.transformer_impl,
     )  # fmt: skip
-    chunks = wrap_data_parallel(train, setup.chunks)
+    chunks = wrap_data_parallel(train, setup.chunks, device)
     optimizer = make_optimizer(train, chunks)
     for chunk in chunks:
         chunk.train()
@@ -123,10 +124,12 @@ def ours(flags: dict[str, Any], model: ModelConfig, tokens: Tensor, device: Any,
         "samples": torch.arange(len(tokens), device=here),
     }  # fmt: skip
 
+    passes = passes_of(train, device, print)
+
     def step() -> float:
         done = train_step(
             chunks, optimizer, [batch], context, device, loss_reduction="micro-batch", telemetry=telemetry,
-            inspect=lambda totals: None, stop=lambda: None,
+            inspect=lambda totals: None, stop=lambda: None, passes=passes,
         )  # fmt: skip
         return done.totals.loss
 

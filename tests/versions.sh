@@ -27,6 +27,7 @@ tests=(
     "$parity::test_losses_and_adapters_equal_peft[llama-tied-pp2-vpp2]"
     "$parity::test_losses_and_adapters_equal_peft[llama-tied-dp2-distributed-optimizer-overlapped]"
     "$parity::test_the_fused_path_equals_peft_as_the_plain_one_does[llama-tied-tp2]"
+    "tests/distributed/test_graphs.py::test_losses_and_adapters_are_those_of_ordinary_steps[tp2-sp]"
     "tests/distributed/test_resume.py::test_low_precision_resumes_bit_by_bit"
     tests/distributed/test_torch_dist.py::test_a_model_saved_at_tp2_is_read
 )

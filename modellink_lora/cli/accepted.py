@@ -41,10 +41,7 @@ _SWITCHES = {
     "no-shared-storage": "every process prepares the data for itself, nothing is passed over a shared disk",
     "exit-on-missing-checkpoint": "a --load or --lora-load that holds no checkpoint always ends the run",
 }
-_NO_GRAPHS = (
-    "steps are not replayed from CUDA graphs: dropout masks and lengths follow each sample, which a captured step "
-    "would not see, and no replay was ever compared with a step on a device; remove the flag"
-)
+_GRAPHS = "give --cuda-graph-impl local, which records the passes of a whole step"
 
 _WITH_VALUE = {
     "tokenizer-model": Accepted(1, "the tokenizer is read from --tokenizer-name-or-path"),
@@ -69,16 +66,15 @@ _WITH_VALUE = {
     ),
     "moe-aux-loss-coeff": Accepted(1, "the router is frozen: no balancing loss is added", only=("0", "0.0")),
     "ckpt-format": only("torch", "checkpoints are written as mp_rank_XX/model_optim_rng.pt; remove the flag"),
-    "cuda-graph-impl": only("none", _NO_GRAPHS),
+    "cuda-graph-scope": Accepted(1, "with --cuda-graph-impl local the passes of a whole step are recorded"),
     "optimizer": only("adam", "AdamW is the only optimizer; remove the flag"),
 }
 
 ACCEPTED: dict[str, Accepted] = {name: Accepted(0, reason) for name, reason in _SWITCHES.items()} | _WITH_VALUE
 
 REFUSED: dict[str, str] = {
-    "enable-cuda-graph": _NO_GRAPHS,
-    "external-cuda-graph": _NO_GRAPHS,
-    "cuda-graph-scope": _NO_GRAPHS,
+    "enable-cuda-graph": _GRAPHS,
+    "external-cuda-graph": _GRAPHS,
     "reset-position-ids": (
         "training on packed samples with positions that restart is not available; preprocess without --pack and use "
         "--variable-seq-lengths"

@@ -109,6 +109,11 @@ class TrainConfig:
         "local", "layers of megatron-core's own linears, or of Transformer Engine's (CUDA, 16 bits)",
         choices=("local", "transformer_engine"),
     )  # fmt: skip
+    cuda_graph_impl: str = flag(
+        "none", "local: replay the forward and backward passes of a step as one CUDA graph; for steps of one shape",
+        choices=("none", "local"),
+    )  # fmt: skip
+    cuda_graph_warmup_steps: int = flag(3, "ordinary steps before the graph is recorded")
     lora_fusion: bool = flag(False, "CCLoRA: the adapter rides in the base's own collectives and matrix products")
     lora_fusion_level: str = flag(
         "auto", "L0 no wider buffers, L1 wider activations, L2 wider weights too; auto decides for each linear",
@@ -153,7 +158,7 @@ class TrainConfig:
             )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: choose one")
-        at_least_one = ("micro_batch_size", "train_iters", "log_interval", "eval_interval")
+        at_least_one = ("micro_batch_size", "train_iters", "log_interval", "eval_interval", "cuda_graph_warmup_steps")
         not_negative = ("eval_iters", "exit_interval", "save_interval", "save_total_limit", "global_batch_size",
                         "check_weight_hash_across_dp_replicas_interval")  # fmt: skip
         for name, low in (*((name, 1) for name in at_least_one), *((name, 0) for name in not_negative)):
@@ -195,6 +200,14 @@ class TrainConfig:
             raise UserError(
                 "--lora-fusion with --transformer-impl transformer_engine: the fused path multiplies the frozen "
                 "weights itself, Transformer Engine's linears do so out of its reach; leave one of the two out"
+            )
+        unrecordable = {"--fp16": self.fp16, "--recompute-granularity": self.recompute_granularity,
+                        "--overlap-grad-reduce": self.overlap_grad_reduce}  # fmt: skip
+        if self.cuda_graph_impl != "none" and any(unrecordable.values()):
+            given = ", ".join(name for name, is_given in unrecordable.items() if is_given)
+            raise UserError(
+                f"--cuda-graph-impl {self.cuda_graph_impl} with {given}: what they decide anew in every step a graph "
+                "does not see; leave one of the two out"
             )
         if self.recompute_granularity == "full" and (self.recompute_method is None or not self.recompute_num_layers):
             raise UserError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch.distributed import ProcessGroup
 from modellink_lora.config.errors import UserError
 from modellink_lora.device.elementwise import RmsNorm, Swiglu
 from modellink_lora.device.lora_ops import LoraOps
+
+T = TypeVar("T")
 
 
 class Device(abc.ABC):
@@ -27,6 +31,7 @@ class Device(abc.ABC):
     widest_float = torch.float64  # that its collectives add up
     lora_ops = LoraOps()  # the r-wide operations of a LoRA linear
     runs_transformer_engine: bool = False  # whether its kernels are made for this device
+    records_graphs: bool = False  # whether `record` can be called
     fused_collectives: bool = False  # whether a job wants gather_matmul and matmul_scatter
 
     @classmethod
@@ -69,6 +74,19 @@ class Device(abc.ABC):
 
     def supports(self, dtype: torch.dtype) -> bool:
         return True
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Record the kernels that `work` launches, without running them.
+
+        Returns a function that runs them again, on the same addresses, and what `work` returned, whose tensors hold
+        something only after that. What the function reads and writes must stay where it is.
+        """
+        raise NotImplementedError(f"{self.name} records no graphs")
+
+    @contextlib.contextmanager
+    def recordable(self) -> Iterator[None]:
+        """Hooks on parameters that are set in here may run inside `record`."""
+        yield
 
     def adopt_mindspeed(self) -> None:
         """Let MindSpeed adapt megatron-core to the device. Comes before `activate`; the command line must be empty."""

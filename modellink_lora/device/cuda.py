@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed import ProcessGroup
 from modellink_lora.config.errors import UserError
 from modellink_lora.device import symmetric_memory
 from modellink_lora.device.apex_norm import Norm, apex_rms_norm
-from modellink_lora.device.base import Device
+from modellink_lora.device.base import Device, T
 from modellink_lora.device.lora_ops import LoraOps
 from modellink_lora.device.lora_triton import TritonLoraOps
 from modellink_lora.device.peaks import cuda_peak
@@ -29,6 +31,7 @@ class CudaDevice(Device):
     name = "cuda"
     backend = "nccl"
     runs_transformer_engine = True
+    records_graphs = True
     triton_lora = False
     fused_norm: Norm | None = None  # chosen by `activate`
     norm_kernel = "PyTorch"
@@ -74,6 +77,26 @@ class CudaDevice(Device):
     def free_memory(self) -> int:
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by PyTorch's allocator, for reuse
         return torch.cuda.mem_get_info()[0] + kept
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """As Device.record. Collectives are recorded too; NCCL's own thread may go on asking for events meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result
+
+    @contextlib.contextmanager
+    def recordable(self) -> Iterator[None]:
+        """As Device.recordable: autograd runs a parameter's hook on the stream on which the hook was set.
+
+        A recording may wait for any stream but the default one.
+        """
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            yield
+        here.wait_stream(aside)
 
     def supports(self, dtype: torch.dtype) -> bool:
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)

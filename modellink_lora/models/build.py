@@ -209,7 +209,7 @@ def shape_embedding(
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:  # [b, s, h], or [s / t, b, h]
         if config.input_embeds_norm:  # the root is rounded to the model's dtype, as the source does
-            output = output * torch.tensor(config.hidden_size**0.5, dtype=output.dtype, device=output.device)
+            output = output * torch.full((), config.hidden_size**0.5, dtype=output.dtype, device=output.device)
         if config.scale_emb != 1.0:
             output = output * config.scale_emb
         return module.norm(output) if config.embed_layernorm else output

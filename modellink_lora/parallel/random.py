@@ -6,9 +6,11 @@ the same element is dropped on every layout, in every batching, and again when a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
+from collections.abc import Iterator
 
 import numpy
 import torch
@@ -67,6 +69,22 @@ def current_samples() -> Tensor:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     return get_cuda_rng_tracker().states_[_SAMPLES]
+
+
+@contextlib.contextmanager
+def without_streams() -> Iterator[None]:
+    """megatron-core does not enter its named random streams: what draws from none can then be recorded as a graph.
+
+    Entering one reads and sets the state of the device's generator, which a recording does not allow.
+    """
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda *_, **__: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork  # the method of its class shows again
 
 
 def seed_everything(seed: int, context: ParallelContext, device: Device) -> None:

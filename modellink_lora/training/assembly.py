@@ -22,6 +22,7 @@ from modellink_lora.parallel.random import seed_everything
 from modellink_lora.training.base import Base, open_base
 from modellink_lora.training.chunking import Measured, chunks_of
 from modellink_lora.training.data import RunData, open_data
+from modellink_lora.training.graphs import check_graphs
 from modellink_lora.training.optimizer import make_optimizer, make_scheduler, wrap_data_parallel
 from modellink_lora.training.setup import Setup, choose_lora, partition_of, set_up
 from modellink_lora.training.state import Parts
@@ -87,13 +88,14 @@ def open_inputs(
 
 def assemble(inputs: Inputs, train: TrainConfig, context: ParallelContext, device: Device) -> Assembly:
     """Allocate and fill this rank's part. Raises UserError when model, adapter, layout and device do not fit."""
+    check_graphs(train, inputs.data.config, inputs.base.config, context, device)
     seed_everything(train.seed, context, device)
     setup = set_up(
         inputs.base, inputs.lora, inputs.adapter, context, device, dtype=train.dtype, seed=train.seed,
         overrides=_overrides(train, inputs.data, context), fusion=_fusion(train, inputs.data, context, device),
         transformer_impl=train.transformer_impl,
     )  # fmt: skip
-    chunks = wrap_data_parallel(train, setup.chunks)
+    chunks = wrap_data_parallel(train, setup.chunks, device)
     optimizer = make_optimizer(train, chunks)
     scheduler = make_scheduler(train, optimizer, inputs.data.batch_size)
     return Assembly(setup, chunks, Parts(setup.layers, inputs.linears, optimizer, scheduler, context))

@@ -27,6 +27,7 @@ from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.reporting.trackers import Wandb
 from modellink_lora.training.assembly import assemble, fusion_notes, longest, open_inputs
 from modellink_lora.training.data import RunData
+from modellink_lora.training.graphs import passes_of
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.keeper import Keeper
 from modellink_lora.training.loop import Loop
@@ -124,7 +125,7 @@ def fine_tune(
             train=train, data=run_data, chunks=chunks, optimizer=parts.optimizer, scheduler=parts.scheduler,
             progress=progress,
             guards=guards, reporter=reporter, telemetry=telemetry, context=context, device=device,
-            save=save if keeper else None, stop=stop,
+            save=save if keeper else None, stop=stop, passes=passes_of(train, device, reporter.say),
         ).run()  # fmt: skip
         if keeper:
             keeper.finish()

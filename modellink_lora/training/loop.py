@@ -19,7 +19,7 @@ from modellink_lora.training.data import RunData
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.optimizer import learning_rate, sync_parameters
 from modellink_lora.training.state import Progress
-from modellink_lora.training.step import StepResult, run_micro_batches, train_step, validation_loss
+from modellink_lora.training.step import Passes, StepResult, run_micro_batches, train_step, validation_loss
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Loop:
         chunks: the model's chunks of this rank, wrapped for data parallelism.
         save: writes a checkpoint of the current state; None where the run keeps none.
         stop: name of a signal that asks this process to stop, or None.
+        passes: computes the gradients of a step.
     """
 
     train: TrainConfig
@@ -45,6 +46,7 @@ class Loop:
     device: Device
     save: Callable[[bool], None] | None  # whether it is the best so far
     stop: Callable[[], str | None]
+    passes: Passes
     _told_memory: bool = False
 
     def run(self) -> None:
@@ -123,7 +125,7 @@ class Loop:
             self.chunks, self.optimizer, batches, self.context, self.device,
             loss_reduction=train.loss_reduction, telemetry=self.telemetry,
             inspect=lambda totals: self.guards.before_update(progress.iteration + 1, totals, forward_again),
-            stop=self.stop,
+            stop=self.stop, passes=self.passes,
         )  # fmt: skip
         progress.iteration += 1
         progress.consumed_samples += self.data.batch_size

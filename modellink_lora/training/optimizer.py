@@ -6,6 +6,7 @@ can gather and cut them exactly as it does the parameter (docs/adr/0003).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from modellink_lora.config.train import TrainConfig
+from modellink_lora.device import Device
 from modellink_lora.models.build import DTYPES, GPT
 
 STATE = ("master", "exp_avg", "exp_avg_sq")
 
 
-def wrap_data_parallel(config: TrainConfig, chunks: Sequence[GPT]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(
+    config: TrainConfig, chunks: Sequence[GPT], device: Device
+) -> list[DistributedDataParallel]:  # fmt: skip
     """Gradients of adapters in fp32 buffers, summed over replicas once per step, or bucket by bucket in backward."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -34,11 +38,12 @@ def wrap_data_parallel(config: TrainConfig, chunks: Sequence[GPT]) -> list[Distr
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
     )
-    wrapped = [
-        # only the first chunk's gradients come last in backward, so only there do small buckets hide anything
-        DistributedDataParallel(chunk.config, dataclasses.replace(settings), chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
-    ]
+    with device.recordable() if config.cuda_graph_impl != "none" else contextlib.nullcontext():
+        wrapped = [
+            # only the first chunk's gradients come last in backward, so only there do small buckets hide anything
+            DistributedDataParallel(chunk.config, dataclasses.replace(settings), chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
     if config.overlap_grad_reduce:  # reduce in the last micro-batch only
         pauses = [chunk.no_sync for chunk in wrapped]
         chunks[0].config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,20 @@ def run_micro_batches(
     )
 
 
+class Passes(Protocol):
+    """What `run_micro_batches` is, and may be done in another way."""
+
+    def __call__(
+        self,
+        chunks: Sequence[Any],
+        batches: Sequence[Batch],
+        context: ParallelContext,
+        *,
+        loss_reduction: str,
+        train: bool,
+    ) -> list[dict[str, Tensor]]: ...
+
+
 def reduce_reports(
     reports: Sequence[dict[str, Tensor]],
     context: ParallelContext,
@@ -139,17 +153,19 @@ def train_step(
     telemetry: Telemetry,
     inspect: Callable[[Totals], None],
     stop: Callable[[], str | None],
+    passes: Passes = run_micro_batches,
 ) -> StepResult:
     """Gradients of one global batch and one AdamW update.
 
     Args:
         inspect: called between the two, with gradients in place and weights still as they were; it may raise.
         stop: whether this process was asked to stop; all learn of it in the totals.
+        passes: computes the gradients.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    reports = run_micro_batches(chunks, batches, context, loss_reduction=loss_reduction, train=True)
+    reports = passes(chunks, batches, context, loss_reduction=loss_reduction, train=True)
     alarm = not gradients_finite(chunks)
     totals = reduce_reports(reports, context, device, loss_reduction=loss_reduction, alarm=alarm, stop=bool(stop()))
     inspect(totals)

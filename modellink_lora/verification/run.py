@@ -20,6 +20,7 @@ from modellink_lora.parallel.random import normal
 from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.training.assembly import Assembly, Inputs, assemble
 from modellink_lora.training.data import BatchStream
+from modellink_lora.training.graphs import passes_of
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.optimizer import load_state_tensors, reduced_gradients, state_tensors, sync_parameters
 from modellink_lora.training.state import Parts, gather_full
@@ -139,6 +140,7 @@ def _steps(
         gradients = reduced_gradients(parts.optimizer, parts.parameters, context.dp_group)
         trace.gradients = _gathered(dict(gradients), parts)
 
+    passes = passes_of(train, device, lambda line: None)
     guards.check_replicas(0, frozen=True)
     guards.check_replicas(0)
     for number in range(train.train_iters):
@@ -146,7 +148,7 @@ def _steps(
             batches[:] = stream.take(inputs.data.micro_batches)
         result = train_step(
             chunks, parts.optimizer, batches, context, device, loss_reduction=train.loss_reduction,
-            telemetry=telemetry, inspect=inspect, stop=lambda: None,
+            telemetry=telemetry, inspect=inspect, stop=lambda: None, passes=passes,
         )  # fmt: skip
         trace.losses.append(result.totals.loss)
         trace.norms.append(result.grad_norm or 0.0)
@@ -204,7 +206,7 @@ def short(train: TrainConfig, *, steps: int, processes: int) -> TrainConfig:
         train, train_iters=steps, global_batch_size=2 * train.micro_batch_size * processes, lr_decay_style="constant",
         min_lr=min(train.min_lr, train.lr), lr_decay_iters=None, lr_warmup_fraction=None, lr_warmup_iters=0,
         eval_iters=0, save=None, save_best=False, save_total_limit=0, async_save=False, tensorboard_dir=None,
-        wandb_project=None, finetune=True,
+        wandb_project=None, finetune=True, cuda_graph_warmup_steps=1,
         # a run finds its scale by overflowing a few times, and has no steps to spare here
         loss_scale=(train.loss_scale or 2.0**10) if train.fp16 else None,
     )  # fmt: skip
@@ -216,5 +218,5 @@ def undecorated(train: TrainConfig) -> TrainConfig:
         train, use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False,
         recompute_granularity=None, recompute_method=None, recompute_num_layers=None,
         lora_fusion=False, lora_fusion_level="auto", lora_fusion_chunks="auto", recompute_lora_inputs=True,
-        use_mc2=False, use_symmetric_memory=False, transformer_impl="local",
+        use_mc2=False, use_symmetric_memory=False, transformer_impl="local", cuda_graph_impl="none",
     )  # fmt: skip

@@ -54,12 +54,14 @@ def fine_tune_here(
     model: dict[str, Any] | None = None,
     mutant: str | None = None,
     double: bool = False,
+    device: Any = None,
 ) -> None:
     """Run the whole job in this world's process group.
 
     Args:
         mutant: a deliberate error, see `mutated`.
         double: on a device that takes the double of Transformer Engine.
+        device: a CPU of another kind.
     """
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
@@ -74,7 +76,7 @@ def fine_tune_here(
             parallel=ParallelConfig(**parallel),
             model_flags=model or {},
             lora_flags=lora,
-            device=pretending() if double else get_device("cpu"),
+            device=device or (pretending() if double else get_device("cpu")),
             torch_device=torch.device("cpu"),
         )
 

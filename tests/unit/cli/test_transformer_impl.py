@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from modellink_lora.cli.accepted import ACCEPTED, INFERENCE_ACCEPTED, INFERENCE_REFUSED, REFUSED
+from modellink_lora.cli.accepted import INFERENCE_ACCEPTED, INFERENCE_REFUSED
 from modellink_lora.cli.flags import build_parser
 from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.config.train import SftDataConfig, TrainConfig
+from modellink_lora.config.train import TrainConfig
 from modellink_lora.device.cpu import CpuDevice
 from modellink_lora.models.te_spec import check_transformer_engine
 from modellink_lora.verification.run import undecorated
@@ -69,15 +69,3 @@ def test_inference_says_that_it_multiplies_by_itself() -> None:
     parser.report_accepted(said.append)
     assert said == ["--transformer-impl has no effect: the weights are multiplied by an engine of its own, whatever "
                     "trained the adapter"]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "words", ["--enable-cuda-graph", "--external-cuda-graph", "--cuda-graph-impl local", "--cuda-graph-scope full"]
-)
-def test_cuda_graphs_are_refused_in_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = build_parser("posttrain_gpt.py", "", [TrainConfig, SftDataConfig], refused=REFUSED, accepted=ACCEPTED)
-    with pytest.raises(SystemExit):
-        parser.parse(words.split())
-    said = capsys.readouterr().err
-    assert "steps are not replayed from CUDA graphs" in said and said.count("\n") == 1
-    parser.parse(["--cuda-graph-impl", "none"])
