@@ -35,6 +35,7 @@ TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 OURS = {  # peer: flags of ours
     "local": {},
     "local, --lora-fusion": {"lora_fusion": True},
+    "local, --cuda-graph-impl local": {"cuda_graph_impl": "local", "cuda_graph_warmup_steps": 1},
     "transformer_engine": {"transformer_impl": "transformer_engine"},
 }
 PEFT = {"PEFT": True, "PEFT, 16-bit adapters": False}  # peer: its adapters in fp32, as it makes them by default

@@ -54,6 +54,9 @@ launch() {
     if [ "$hosts" -gt 1 ] && [ -n "${RDZV_ENDPOINT:-}" ]; then
         set -- --nnodes "$hosts" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" \
             --rdzv-id "${RDZV_ID:-modellink_lora}" -- "$REPOSITORY/$program" "$@"
+        case " $(hostname -I 2>/dev/null) " in # a host does not know an address for its own if its name stands for another
+            *" ${RDZV_ENDPOINT%:*} "*) set -- --rdzv-conf is_host=1 "$@" ;;
+        esac
     elif [ "$hosts" -gt 1 ]; then
         : "${master:?of the host with NODE_RANK=0; set MASTER_ADDR on every host}"
         set -- --nnodes "$hosts" --node-rank "$host" --master-addr "$master" --master-port "$port" \

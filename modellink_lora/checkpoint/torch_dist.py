@@ -42,7 +42,7 @@ class _Record(Inert):
 
 class _MetadataUnpickler(RestrictedUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed."):
+        if module.startswith("torch.distributed.") or name == "MCoreMetadata":  # megatron-core 0.15 adds a field to it
             return _Record
         if (module, name) == ("torch.serialization", "_get_layout"):
             return str

@@ -81,10 +81,11 @@ def _threads(found: _Found, device: str, processes: int, cores: int, *_: object)
 
 def _connections(found: _Found, device: str, *_: object) -> _Notes:
     value = found.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    if device == "cpu" or value in (None, "1"):  # unset it becomes 1 (cli/launch.py)
+    if device == "cpu" or value in (None, "1"):  # unset it becomes 1 where that matters (cli/launch.py)
         return {}
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": ("warning", "communication no longer starts before the computation it "
-                                            "should overlap with: unset it")}  # fmt: skip
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": ("warning", "with --lora-fusion or Transformer Engine at TP above 1, "
+                                            "communication no longer starts before the computation it should overlap "
+                                            "with, but on Blackwell: unset it for such runs")}  # fmt: skip
 
 
 def _interfaces(found: _Found, device: str, processes: int, cores: int, interfaces: Collection[str]) -> _Notes:

@@ -113,6 +113,10 @@ class _Examination:
 
     def _devices(self) -> None:
         here, wanted = self.here, self.run.per_host
+        kind = self.run.given[TrainConfig].get("device", "auto")
+        if kind not in ("auto", here.kind):
+            self._say("--device", f"the run asks for {kind}, this is an examination of {here.kind}",
+                      warning=f"what follows holds for {here.kind}: give doctor --device {kind}")  # fmt: skip
         if here.kind == "cpu":
             self._say("devices", f"{wanted} processes on the CPU of this host")
         elif wanted > here.count:

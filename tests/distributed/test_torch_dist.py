@@ -51,6 +51,21 @@ def test_a_model_saved_at_tp2_is_read(tp2: Path, foreign: Foreign) -> None:
     assert_is_the_model(tp2 / "iter_0000012", foreign.hf)
 
 
+def test_the_metadata_of_megatron_core_0_15_is_read(tp2: Path, foreign: Foreign, tmp_path: Path) -> None:
+    """It is of a class of its own, with a field beside those of torch's."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+    root = shutil.copytree(tp2, tmp_path / "root")
+    (path,) = root.glob("iter_*/.metadata")
+    metadata = pickle.loads(path.read_bytes())
+    theirs = type("MCoreMetadata", (type(metadata),), {"__module__": strategies.__name__})
+    metadata.__class__, metadata.mcore_data = theirs, {"decoder.weight": {"nd_shape": torch.Size([2, 3])}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies, "MCoreMetadata", theirs, raising=False)
+        path.write_bytes(pickle.dumps(metadata))
+    assert_is_the_model(root, foreign.hf)
+
+
 @pytest.mark.parametrize("metadata", [None, {"singleton_local_shards": True}], ids=["stacked", "layer by layer"])
 def test_a_model_saved_at_pp2_is_read(metadata: Any, foreign: Foreign, tmp_path: Path) -> None:
     run(save_base_here, world_size=2, hf=str(foreign.hf), root=str(tmp_path), parallel=PP2, metadata=metadata)

@@ -86,7 +86,11 @@ def fleet(
     program: str = PROGRAM,
     environment: Sequence[str] = (),
 ) -> Iterator[Fleet]:
-    """Start four processes on these hosts; `kind` is classic or c10d. The endpoint is the first host's name."""
+    """Start four processes on these hosts.
+
+    Args:
+        kind: classic, c10d, or addresses, which is c10d for hosts that do not know each other's names.
+    """
     with contextlib.ExitStack() as held:
         jobs = []
         for number, host in enumerate(hosts):
@@ -96,9 +100,13 @@ def fleet(
             if kind == "classic":
                 launcher += ("--node-rank", str(number), "--master-addr", hosts[0].name, "--master-port", "29500")
             else:
-                launcher += ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].name}:29500", "--rdzv-id", "1")
+                endpoint = hosts[0].address if kind == "addresses" else hosts[0].name
+                launcher += ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{endpoint}:29500", "--rdzv-id", "1")
+                if kind == "addresses" and number == 0:
+                    launcher += ("--rdzv-conf", "is_host=1")
             first = (own,) if program == PROGRAM else ()
-            inside = (*host.enter, *environment)
+            given = [f"PET_LOCAL_ADDR={host.address}"] if kind == "addresses" else []
+            inside = (*host.enter, *environment, *given)
             job = Job(program, *first, *words, log=own / "log", launcher=launcher, inside=inside)
             jobs.append(held.enter_context(job))
         yield Fleet(hosts, jobs)

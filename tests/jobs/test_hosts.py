@@ -120,6 +120,20 @@ def test_hosts_train_like_one(
 
 
 @pytest.mark.slow
+def test_hosts_that_know_no_names_but_their_own_meet_by_addresses(
+    source: Source, straight: Callable[[dict[str, int]], Path], tmp_path: Path
+) -> None:
+    """As docs/launch.md says: PET_LOCAL_ADDR, the environment's spelling of torchrun's --local-addr."""
+    with hosts(2, tmp_path) as made:
+        for host in made.hosts:
+            host.know({host.name: "127.0.1.1"})
+        words = flags(source, tmp_path / "save", **TP2_PP2)
+        with fleet(made.hosts, words, tmp_path, kind="addresses", program=PRODUCT) as job:
+            assert job.end() == [0, 0], job.text
+    same(tmp_path / "save", straight(TP2_PP2))
+
+
+@pytest.mark.slow
 def test_a_slow_link_changes_no_number_and_alarms_nobody(
     source: Source, straight: Callable[[dict[str, int]], Path], tmp_path: Path
 ) -> None:

@@ -195,6 +195,15 @@ def test_the_launcher_starts_what_the_place_asks_for(variables: dict[str, object
     assert command[: command.index(program) + 1] == start.replace("P", program).split()
 
 
+def test_the_host_that_has_the_endpoints_address_holds_the_meeting(tmp_path: Path) -> None:
+    mine = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    if not mine:
+        pytest.skip("this machine has no address of its own")
+    meeting = {"NNODES": 2, "cwd": tmp_path}
+    assert "is_host=1" in command_of(TUNE, **meeting, RDZV_ENDPOINT=f"{mine[0]}:29500")
+    assert "is_host=1" not in command_of(TUNE, **meeting, RDZV_ENDPOINT=f"{mine[0]}1:29500")
+
+
 def test_hosts_without_a_first_one_are_an_error(tmp_path: Path) -> None:
     done = run_script(TUNE, "--dry-run", cwd=tmp_path, NNODES=2)
     assert done.returncode != 0 and "MASTER_ADDR" in done.stdout, done.stdout

@@ -66,6 +66,12 @@ def test_processes_on_a_cpu_share_its_memory(inputs: list[str]) -> None:
     assert examine(inputs, *LLAMA_7B, processes=2, kind="cpu", free=int(3 * needed * GIB))["fit"].level == "ok"
 
 
+def test_a_run_on_another_kind_of_device_is_told_so(inputs: list[str]) -> None:
+    found = examine(inputs, *LLAMA_7B, "--device", "npu")["--device"]
+    assert found.level == "warning" and found.advice == "what follows holds for cuda: give doctor --device npu"
+    assert "--device" not in examine(inputs, *LLAMA_7B, "--device", "cuda")
+
+
 def test_each_mistake_is_a_line_with_its_variable(tmp_path: Path) -> None:
     flags = ["--load", "/nowhere/mine", "--data-path", "/nowhere/data", "--tokenizer-name-or-path", "/nowhere/hf",
              "--seq-length", "64", "--tensor-model-parallel-size", "3"]  # fmt: skip
