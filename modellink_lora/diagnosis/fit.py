@@ -192,6 +192,7 @@ class _Examination:
         text = f"{amount(needed)} needed, {amount(free)} free" + (f" for {sharing} processes" if sharing > 1 else "")
         if beyond := config.beyond_llama():
             text += f"; {', '.join(beyond)} is not in this estimate, which knows Llama's layers"
+        text += "; the CUDA graph keeps the activations a second time" * (train.cuda_graph_impl != "none")
         if needed <= _ROOM * free:
             self._say("fit", text)
             return

@@ -81,6 +81,7 @@ def summary_rows(
     beyond = ", ".join(config.beyond_llama())
     by_te = train.transformer_impl == "transformer_engine"
     caution = f"; {beyond} is not in this estimate, which knows Llama's layers" if beyond else ""
+    caution += "; the CUDA graph keeps the activations a second time" * (train.cuda_graph_impl != "none")
     return [
         ("model", f"{config.hf_model_type}, {config.num_layers} layers, hidden {config.hidden_size}, "
                   f"{config.parameter_count():,} parameters, from {base.root or 'random weights'}"),

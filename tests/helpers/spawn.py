@@ -7,6 +7,7 @@ rank. Starting a process costs seconds of imports; a check in a running one cost
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -15,7 +16,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,9 @@ class Pool:
     def close(self) -> None:
         _pools.pop(self._key, None)
         for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # megatron-core's writer of checkpoints starts a server
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
             process.join()
         self._folder.cleanup()
@@ -91,7 +94,7 @@ def run(function: Callable[..., Any], *, world_size: int, double: bool = False, 
     return _pools[key].run(function, arguments)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _on_path(folder: str | None) -> Iterator[None]:
     if folder is None:
         yield
