@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.evaluation import evaluate_here, scores_by_transformers, strong_adapter
-from tests.helpers.shared import is_there, shared
+from tests.helpers.shared import shared
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 
@@ -157,8 +157,6 @@ def test_tasks_that_write_their_answers_run_beside_those_that_score(exam: dict[s
 
 
 def test_a_prompt_in_a_template_is_scored_on_the_letter_itself(exam: dict[str, Path], tmp_path: Path) -> None:
-    if not is_there("models/stories260K-hf"):
-        pytest.skip("one model is enough")
     arguments = {
         "config": {"task": ("mmlu",), "task_data_path": (str(exam["test"]),), "num_shots": 1, "max_eval_samples": 2,
                    "tuned_only": True},

@@ -81,7 +81,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if func._opname == "_reduce_scatter_base_":
         output, given, group, *rest = args
         summed = given.clone()
-        _, work = torch.ops.c10d.allreduce_([summed], group, rest[0], None)
+        _, work = torch.ops.c10d.allreduce_([summed], group, rest[0], None, timeout=-1)
         work.wait()
         unboxed = dist.ProcessGroup.unbox(group)
         output.copy_(summed.chunk(unboxed.size())[unboxed.rank()])
