@@ -65,20 +65,19 @@ def joined(
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     # megatron-core calls collectives by names that newer releases of torch are renaming
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if launch.mindspeed:
-        words, sys.argv = sys.argv, sys.argv[:1]  # it reads them, and takes every flag it does not know for its own
-        try:
-            chosen.adopt_mindspeed()
-        finally:
-            sys.argv = words
-    torch_device = chosen.activate(launch.local_rank)
-    store = _start(chosen.backend, launch, timeout_minutes)
-    peers = _watched(launch, timing or Timing()) if launch.world_size > 1 else None
-    if store:  # from here on the heartbeat notices who is missing
-        store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
+    store = _met(launch, timeout_minutes)
     stop = stop or Stop()
-    stop.peers = peers
+    # From here on the heartbeat notices who is missing, also while libraries are loaded and a device is prepared.
+    stop.peers = peers = _watched(launch, store, timing or Timing()) if store else None
     try:
+        if launch.mindspeed:
+            words, sys.argv = sys.argv, sys.argv[:1]  # it reads them, and takes every flag it does not know for its own
+            try:
+                chosen.adopt_mindspeed()
+            finally:
+                sys.argv = words
+        torch_device = chosen.activate(launch.local_rank)
+        _start(chosen.backend, launch, store, timeout_minutes)
         yield chosen, torch_device
         if peers:
             peers.leave()
@@ -88,7 +87,8 @@ def joined(
             _fail(error, launch, peers)
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -102,11 +102,9 @@ def one_writer(launch: Launch, save: Path | None) -> Iterator[None]:
         yield
 
 
-def _start(backend: str, launch: Launch, timeout_minutes: int) -> dist.Store | None:
-    """Join the process group; the store it was made with, if there are several processes."""
+def _met(launch: Launch, timeout_minutes: int) -> dist.Store | None:
+    """The store at which several processes have met; None for a single one."""
     if launch.world_size == 1:
-        address = f"tcp://{launch.master_address}:{launch.master_port}"
-        start_processes(backend, rank=0, world_size=1, init_method=address, timeout_minutes=timeout_minutes)
         return None
     set_network_defaults(launch)
     patience = 60.0 * timeout_minutes
@@ -114,16 +112,27 @@ def _start(backend: str, launch: Launch, timeout_minutes: int) -> dist.Store | N
         alive = time.time() - psutil.Process().create_time()
         patience = min(patience, _TOGETHER_SECONDS + 3 * alive)
     try:
-        store = meet(
+        return meet(
             address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
             attempt=launch.attempt, serves=launch.is_first and not launch.has_store, patience=patience,
         )  # fmt: skip
+    except RuntimeError as error:
+        raise not_met(error, launch) or error from error
+
+
+def _start(backend: str, launch: Launch, store: dist.Store | None, timeout_minutes: int) -> None:
+    """Join the process group."""
+    if store is None:
+        address = f"tcp://{launch.master_address}:{launch.master_port}"
+        start_processes(backend, rank=0, world_size=1, init_method=address, timeout_minutes=timeout_minutes)
+        return
+    store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
+    try:
         start_processes(
             backend, rank=launch.rank, world_size=launch.world_size, store=store, timeout_minutes=timeout_minutes
         )
     except RuntimeError as error:
         raise not_met(error, launch) or error from error
-    return store
 
 
 def not_met(error: Exception, launch: Launch) -> UserError | None:
@@ -145,15 +154,18 @@ def not_met(error: Exception, launch: Launch) -> UserError | None:
     return None
 
 
-def _watched(launch: Launch, timing: Timing) -> Liveness:
+def _watched(launch: Launch, store: dist.Store, timing: Timing) -> Liveness:
     def ended(line: str, status: int, speak: bool) -> NoReturn:
         end(line, status, speak=speak, linger=timing.linger)
 
-    return Liveness(
-        address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
-        local_rank=launch.local_rank, local_world_size=launch.local_world_size, host=os.uname().nodename,
-        ended=ended, timing=timing,
-    )  # fmt: skip
+    try:
+        return Liveness(
+            meeting=store, address=launch.master_address, port=launch.master_port, rank=launch.rank,
+            world_size=launch.world_size, local_rank=launch.local_rank, local_world_size=launch.local_world_size,
+            host=os.uname().nodename, ended=ended, timing=timing,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise not_met(error, launch) or error from error
 
 
 def _fail(error: BaseException, launch: Launch, peers: Liveness) -> NoReturn:

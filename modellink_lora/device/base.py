@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -22,10 +23,14 @@ T = TypeVar("T")
 class Device(abc.ABC):
     """One kind of hardware. `activate` comes first; the rest works on the device it chose.
 
+    Attributes:
+        plain: fused operator -> why plain PyTorch computes it in this process.
+
     Letters: b batch, n query heads, g query groups, s sequence, d head dim. In the products joined with a collective:
     n tokens of one rank, t ranks, k and m inputs and outputs.
     """
 
+    plain: Mapping[str, str] = MappingProxyType({})
     name: str  # "cpu", "cuda", "npu"
     backend: str  # torch.distributed backend
     widest_float = torch.float64  # that its collectives add up

@@ -41,7 +41,12 @@ def operator_findings(device: Device, here: torch.device, group: ProcessGroup | 
     Args:
         group: of the ranks that check products joined with collectives together; None leaves those out.
     """
-    result = []
+    result = [
+        Finding(
+            TOPIC, name, f"not used: {why}", "warning", "plain PyTorch computes it, more slowly; try other releases"
+        )
+        for name, why in device.plain.items()
+    ]
     checks: dict[str, Check] = dict(CHECKS)
     if group is not None and group.size() > 1:
         checks |= {"gather_matmul": _gather_matmul(group), "matmul_scatter": _matmul_scatter(group)}

@@ -4,7 +4,8 @@ A process that dies takes its peers' collectives with it: over gloo they fail wi
 HCCL they hang. A thread of every process therefore tells the store every few seconds that it is there; rank 0 watches
 all, everybody watches rank 0. Who finds a rank silent, or fails itself, writes the verdict; all others read it within
 a beat, and end although their main thread hangs. The thread has a connection of its own (a client of the store serves
-one call at a time) and uses collectives at the start only. Traffic is two calls per rank and beat.
+one call at a time) and no collective is used: it begins before there is a process group, while libraries are loaded.
+Traffic is two calls per rank and beat.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-import torch
 import torch.distributed as dist
 
 from modellink_lora.parallel.siblings import identity, watch_siblings
@@ -47,10 +47,11 @@ class Timing:
 
 
 class Liveness:
-    """Starts with the process group's processes; all of them must make one.
+    """Begins once the processes have met; all of them must make one.
 
     Args:
-        address, port: of the store that the processes met at.
+        meeting: the store that the processes met at, by keys of this start of them.
+        address, port: of that store.
         local_rank, local_world_size: among the processes of this host, whose ranks follow each other.
         ended: called as (line, status, speak) to end this process, from a thread; it must not return.
     """
@@ -58,6 +59,7 @@ class Liveness:
     def __init__(
         self,
         *,
+        meeting: dist.Store,
         address: str,
         port: int,
         rank: int,
@@ -83,7 +85,8 @@ class Liveness:
             self._name(start[0], world_size)
             keys = [self._verdict, self._alarm, *self._beats]
             self._store.multi_set(keys, ["", "", *["0 ?"] * world_size])  # type: ignore[attr-defined]
-        dist.broadcast_object_list(start, src=0, device=torch.device("cpu"))
+            meeting.set("heartbeat", " ".join(start))
+        start = meeting.get("heartbeat").decode().split(" ", 1)
         self._name(start[0], world_size)
         self._store_lost = (
             f"error: rank 0 on host {start[1]} or its launcher is gone: the job's store at {address}:{port} "

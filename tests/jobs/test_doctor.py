@@ -97,6 +97,7 @@ def test_a_process_that_dies_ends_the_others_with_its_name(tmp_path: Path) -> No
 def test_a_simulated_npu_passes_and_a_wrong_fused_operator_is_found(tmp_path: Path) -> None:
     sound = run_on_simulated_npu("modellink_lora", ["doctor", "--json", tmp_path / "sound.json"])
     found = findings(tmp_path / "sound.json")
+    assert sound.returncode == 0, sound.stdout + sound.stderr[-3000:]
     fused = {what: f["found"] for (topic, what), f in found.items() if topic == "operators"}
     assert "npu::npu_rms_norm, error" in fused["rms_norm bfloat16"], sound.stdout + sound.stderr[-3000:]
     assert "npu::npu_fusion_attention, error" in fused["attention float16"]
@@ -114,9 +115,10 @@ def test_a_simulated_npu_passes_and_a_wrong_fused_operator_is_found(tmp_path: Pa
     )
     done = run_on_simulated_npu(program)
     found = findings(tmp_path / "wrong.json")
-    assert done.returncode != 0
-    assert found["operators", "rms_norm bfloat16"]["level"] == "problem"
-    assert found["operators", "rms_norm bfloat16"]["found"].startswith("WRONG: npu::npu_rms_norm")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]  # a run leaves the operator out, and is right
+    left_out = found["operators", "npu_rms_norm"]
+    assert left_out["level"] == "warning" and "not used: differs from plain PyTorch by" in left_out["found"]
+    assert found["operators", "rms_norm bfloat16"]["found"].startswith("plain PyTorch, error")
     assert found["operators", "swiglu bfloat16"]["level"] == "ok"
 
 

@@ -46,14 +46,17 @@ class Site:
         """Wait for a job; its log."""
         self.slurm.until(lambda: self.slurm.job(job)["JobState"] in ENDED, seconds=240)
         log = self.slurm.log(job)
-        assert (self.slurm.job(job)["JobState"] == "COMPLETED") is well, log
+        assert (self.slurm.job(job)["JobState"] == "COMPLETED") is well, f"{log}\n{self.slurm.logs()}"
         return log
 
     def requeued(self, job: str) -> None:
-        """Wait until it is, and spare it the two minutes for which SLURM then holds a job back."""
+        """Wait until it is, and spare it most of the two minutes for which SLURM then holds a job back.
+
+        Within a second or two the hosts still refuse to start what they have just been told to end.
+        """
         waits = {"Restarts": "1", "JobState": "PENDING"}
         self.slurm.until(lambda: waits.items() <= self.slurm.job(job).items(), seconds=60)
-        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
 
 FLAGS = (
