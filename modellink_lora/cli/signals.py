@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1)
 SAVE_SECONDS = 25.0  # torchrun and SLURM kill 30 seconds after SIGTERM
+SIBLING_SECONDS = 0.5  # within which a process notices, while it loads libraries, that another of its host has died
 INTERRUPT_SECONDS = 10.0  # from Ctrl-C to an end that does not wait for the main thread
 
 
@@ -89,6 +90,9 @@ def _listen(reader: int, stop: Stop, launch: Launch, save: Path | None, seconds:
             if number not in ASKING or stop.failing:  # failing: the reason is being found out, and told in seconds
                 continue
             if not stop.stepped:
+                if stop.peers and number is signal.SIGTERM:  # which torchrun sends also because a process has died
+                    time.sleep(SIBLING_SECONDS)
+                    stop.peers.blame_sibling()
                 _say_and_end(stop, launch, f"{number.name} before the first step: nothing to save", 128 + number)
             stop.received = stop.received or number.name
             if launch.is_first:
@@ -96,7 +100,7 @@ def _listen(reader: int, stop: Stop, launch: Launch, save: Path | None, seconds:
             if number is signal.SIGTERM or under_torchrun():  # else SIGUSR1 is an early warning, and no kill follows
                 limits[number] = time.monotonic() + seconds
                 if stop.peers:
-                    stop.peers.alarm()  # torchrun sends SIGTERM also because a process has died
+                    stop.peers.alarm()  # somebody may have died, as above
 
 
 def _say_and_end(stop: Stop, launch: Launch, line: str, status: int) -> NoReturn:

@@ -22,11 +22,7 @@ _MINDSPEED = "mindspeed.megatron_adaptor"
 
 
 class NpuDevice(Device):
-    """One Ascend NPU.
-
-    Attributes:
-        plain: fused operator -> why plain PyTorch computes it in this process.
-    """
+    """One Ascend NPU."""
 
     name = "npu"
     backend = "hccl"

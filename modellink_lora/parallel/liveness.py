@@ -96,6 +96,7 @@ class Liveness:
         self._values: dict[int, str] = {}  # what was read then, by rank, and for how many looks it has stood
         self._silent: dict[int, int] = {}
         self._known = ""  # why a sibling has ended
+        self._lost = ""  # that it has, also where nobody could see why
         self._spoken = False  # this process has its own reason to end
         self._wish: tuple[str, str] | None = None  # (key, value) that another thread wants written
         self._wished, self._written = threading.Lock(), threading.Event()
@@ -123,6 +124,12 @@ class Liveness:
         first = self.say(who)
         self._ended(trace + (line if self.rank == 0 else who), status, first)
 
+    def blame_sibling(self) -> None:
+        """End this process in the name of one of this host that is gone, if one is, and nobody has given a reason."""
+        if self._lost:
+            self._spoken = True
+            self._ended(self._lost, 1, self._write(self._verdict, f"{self._node}\n{self._lost}"))
+
     def say(self, line: str) -> bool:
         """Write the verdict, if there is none; whether this was the first, or the store does not answer."""
         self._spoken = True
@@ -143,9 +150,13 @@ class Liveness:
 
     def _sibling_ended(self, rank: int, by: str | None) -> None:
         """Tell why at once if a signal ended it. Else it has told itself, or its silence will."""
-        if by is None or self._closing:
+        if self._closing:
             return
-        self._known = f"error: rank {rank} on host {self.host} is gone: ended by {by}; the job ends"
+        how = f"ended by {by}" if by else "its launcher knows how it ended"
+        self._lost = f"error: rank {rank} on host {self.host} is gone: {how}; the job ends"
+        if by is None:
+            return
+        self._known = self._lost
         if not self._spoken and self._write(self._verdict, f"{self._node}\n{self._known}"):
             self._ended(self._known, 1, True)
 
