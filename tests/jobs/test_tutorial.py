@@ -74,7 +74,7 @@ def tuned(names: str, place: Path, *words: object) -> None:
     assert {path.name for path in place.glob("finetune_dataset/llama-2-7b/*packed*document.*")} >= SIX
     text = succeeds(f"{names}/llama2/tune_llama2_7b_lora_ptd.sh", *words, cwd=place, timeout=7200, GPUS_PER_NODE=2)
     assert " lm loss: " in text and (place / "logs/tune_llama2_7b_lora_ptd.log").read_text() == text
-    (settings,) = place.glob("ckpt/llama-2-7b-lora/iter_*/adapter.json")
+    *_, settings = sorted(place.glob("ckpt/llama-2-7b-lora/iter_*/adapter.json"))
     lora = json.loads(settings.read_text())["lora"]
     assert (lora["r"], lora["alpha"]) == (16, 32.0)
 
