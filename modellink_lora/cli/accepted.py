@@ -104,6 +104,8 @@ _RUNNING = {
     "no-load-rng": Accepted(0, "random states are never read here; --seed sets those of sampling"),
     "tokenizer-padding-side": Accepted(1, "results do not depend on how a batch is padded"),
     "transformer-impl": Accepted(1, "the weights are multiplied by an engine of its own, whatever trained the adapter"),
+    "enable-cuda-graph": Accepted(0, "the engine launches its kernels one by one"),
+    "external-cuda-graph": Accepted(0, "the engine launches its kernels one by one"),
     "lora-fusion": Accepted(0, "an adapter is always added before the base's all-reduce here"),
     "reset-position-ids": Accepted(0, "it concerns packed samples of training"),
 }

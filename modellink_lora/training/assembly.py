@@ -123,13 +123,15 @@ def _fusion(train: TrainConfig, data: RunData, context: ParallelContext, device:
 
 
 def fusion_notes(train: TrainConfig, device: Device) -> list[str]:
-    """What of the fused path's flags comes to nothing here."""
+    """What of the flags of the fused path and of graphs comes to nothing here."""
     notes = []
     for flag, given, home in (("--use-mc2", train.use_mc2, "npu"),
                               ("--use-symmetric-memory", train.use_symmetric_memory, "cuda")):  # fmt: skip
         if given and not (train.lora_fusion and device.name == home):
             needs = "" if train.lora_fusion else " and --lora-fusion"
             notes.append(f"{flag} has no effect here: it needs a device of kind {home}{needs}")
+    if train.cuda_graph_impl == "none" and train.cuda_graph_warmup_steps != TrainConfig.cuda_graph_warmup_steps:
+        notes.append("--cuda-graph-warmup-steps has no effect without --cuda-graph-impl local")
     if train.lora_fusion and train.recompute_method == "uniform":
         notes.append("inputs of adapters are not recomputed one by one: --recompute-method uniform recomputes all")
     if train.lora_fusion and train.deterministic and train.lora_fusion_chunks == "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from modellink_lora.reporting.telemetry import Telemetry
 # What a loss function gives to megatron-core: a value to differentiate, the number that gradients are divided by once
 # all of the global batch is summed, and a report for us.
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
+Passes = Callable[..., list[dict[str, Tensor]]]  # `run_micro_batches`, or what does the same in another way
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,6 @@ def run_micro_batches(
             forward_only=not train,
         )
     )
-
-
-class Passes(Protocol):
-    """What `run_micro_batches` is, and may be done in another way."""
-
-    def __call__(
-        self,
-        chunks: Sequence[Any],
-        batches: Sequence[Batch],
-        context: ParallelContext,
-        *,
-        loss_reduction: str,
-        train: bool,
-    ) -> list[dict[str, Tensor]]: ...
 
 
 def reduce_reports(

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from modellink_lora.cli.accepted import ACCEPTED, REFUSED
+from modellink_lora.cli.accepted import ACCEPTED, INFERENCE_ACCEPTED, REFUSED
 from modellink_lora.cli.flags import build_parser
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.device.cpu import CpuDevice
+from modellink_lora.training.assembly import fusion_notes
 from modellink_lora.training.graphs import _distance, check_graphs
 from modellink_lora.verification.run import undecorated
 
@@ -79,6 +80,17 @@ def test_megatrons_older_flags_name_the_way_out(capsys: pytest.CaptureFixture[st
         said = capsys.readouterr().err
         assert "give --cuda-graph-impl local" in said and said.count("\n") == 1
     parser.parse(["--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration"])
+
+
+def test_a_warm_up_without_a_graph_is_told_to_be_for_nothing() -> None:
+    said = ["--cuda-graph-warmup-steps has no effect without --cuda-graph-impl local"]
+    flags = {**TRAIN, "cuda_graph_warmup_steps": 9}
+    assert fusion_notes(TrainConfig(**{**flags, "cuda_graph_impl": "none"}), CpuDevice()) == said
+    assert fusion_notes(TrainConfig(**flags), CpuDevice()) == []
+
+
+def test_inference_takes_megatrons_flags_without_effect() -> None:
+    assert {"enable-cuda-graph", "external-cuda-graph", "cuda-graph-impl"} <= INFERENCE_ACCEPTED.keys()
 
 
 def test_verify_compares_with_ordinary_steps() -> None:
