@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modellink_lora.checkpoint.checksums import crc32
 from modellink_lora.config.errors import UserError
 
 _FLUSH_BYTES = 64 << 20  # written since the last flush, after which the disk is given something to do
@@ -74,7 +74,7 @@ class OutFile:
             data = memory_of(block)
             assert done + len(data) <= slot.nbytes, f"{name}: more rows than {slot.shape}"
             if self._checksums:
-                crc = zlib.crc32(data, crc)
+                crc = crc32(data, crc)
             for file in (self, *also):
                 file._put(data, file._offsets[name] + done)
             done += len(data)

@@ -1,0 +1,81 @@
+"""JSON documents of others, read into declared types: the value, or one line that names the file, the key and the type.
+
+Every JSON file this program reads goes through here, so that no reader checks types by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from modellink_lora.config.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of `path`. Raises UserError when it cannot be opened or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8, or copy it again") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def read_document(path: Path, kind: type[T], *, closed: bool = False) -> T:
+    """The JSON document in `path` as a `kind`. Raises UserError as `read_text` and `parse_document` do."""
+    return parse_document(read_text(path), kind, where=str(path), closed=closed)
+
+
+def parse_document(text: str | bytes, kind: type[T], *, where: str, closed: bool = False) -> T:
+    """JSON `text` as a `kind`; see `typed`.
+
+    NaN and Infinity are read as Python's json reads them; what takes a number checks its range.
+
+    Raises:
+        UserError: the text is not JSON, or `typed` refuses it.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: bad syntax, bad UTF-8, an integer of 5,000 digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where}: not valid JSON ({reason})") from None
+    return typed(document, kind, where=where, closed=closed)
+
+
+def typed(value: Any, kind: type[T], *, where: str, closed: bool = False) -> T:
+    """`value`, made of dicts, lists and scalars, as a `kind`: a dataclass, a TypedDict, `dict[str, int]`, ...
+
+    Nothing is coerced but an int to a float. What a dataclass's `__post_init__` refuses is refused here.
+
+    Args:
+        where: what holds the value, a file as a rule; messages begin with it.
+        closed: of a dataclass, refuse keys that are not fields instead of ignoring them.
+    Raises:
+        UserError: a value of another type, a missing key, or with `closed` an unknown one.
+    """
+    import msgspec  # importing the configs alone needs the standard library only
+
+    if closed and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        known = [field.name for field in dataclasses.fields(kind)]
+        if unknown := sorted(str(key) for key in value if key not in known):
+            raise UserError(f"{where}: key {unknown[0]!r} is not known here; known are {', '.join(known)}")
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise UserError(f"{where}: {_explained(str(error))}") from None
+
+
+def _explained(message: str) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.a.b[0]`" in the words of the other messages."""
+    problem, _, place = message.partition(" - at ")
+    key = re.sub(r"\[\.\.\.\]", ".*", place.replace("`", "")).replace("key in $", "a key").removeprefix("$").lstrip(".")
+    problem = problem.replace("`", "").replace("array", "list").replace("null", "nothing")
+    if missing := re.fullmatch(r"Object missing required field (.+)", problem):
+        return f"lacks {key + '.' if key else ''}{missing[1]}"
+    problem = problem[:1].lower() + problem[1:]
+    return f"{key}: {problem}" if key else problem
