@@ -21,6 +21,7 @@ from modellink_lora.checkpoint.filling import Job, fill
 from modellink_lora.checkpoint.outfile import OutFile, Slot
 from modellink_lora.checkpoint.store import replacing_folder
 from modellink_lora.checkpoint.stored import Stored
+from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of, with_model_type
@@ -62,11 +63,7 @@ class _Safetensors:
 
 class _Bin:
     def __init__(self, path: Path) -> None:
-        try:
-            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for a bad file
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: cannot be read safely ({reason}); save the model as safetensors") from None
+        self._tensors = load_tensors(path)
 
     def names(self) -> list[str]:
         return list(self._tensors)

@@ -20,6 +20,7 @@ from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.outfile import OutFile
 from modellink_lora.checkpoint.store import adding_files
 from modellink_lora.checkpoint.torch_file import put_checksums, torch_file
+from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -254,7 +255,7 @@ def read_meta(folder: Path, layout: MetaLayout) -> Iterator[tuple[MetaTensor, in
         raise UserError(f"{folder}: holds {found}, which is not what was written")
     expected = {tensor.name: tensor for tensor in layout.tensors()}
     for rank, name in enumerate(found):
-        tensors = torch.load(folder / name, map_location="cpu", mmap=True, weights_only=True)
+        tensors = load_tensors(folder / name)
         if odd := expected.keys() ^ tensors.keys():
             raise UserError(f"{folder / name}: {min(odd)} is not where it should be")
         for key, tensor in expected.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.meta import PARAMS, WEIGHTS, MetaLayout, MetaTensor, weights_file
+from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -89,7 +90,9 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
                         "--save-model-type meta makes such a folder")  # fmt: skip
     if [path.name for path in paths] != [weights_file(rank) for rank in range(len(paths))]:
         raise UserError(f"{flag} {root}: holds {', '.join(path.name for path in paths)}, so files are missing")
-    files = [_loaded(path) for path in paths]
+    files = [load_tensors(path) for path in paths]
+    if not all(files):
+        raise UserError(f"{flag} {root}: {paths[[bool(file) for file in files].index(False)].name} holds no tensors")
     layout = MetaLayout(config, len(files), next(iter(files[0].values())).dtype)
     expected = {tensor.name: tensor for tensor in layout.tensors()}
     if odd := layout.odd():
@@ -106,16 +109,6 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
                 raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "
                                 f"{expected[name].shape} belongs to this model in {len(files)} files")  # fmt: skip
     return MetaWeights(root, layout, files)
-
-
-def _loaded(path: Path) -> Mapping[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a broken file makes the library raise
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(found, Mapping) or not found or not all(isinstance(x, Tensor) for x in found.values()):
-        raise UserError(f"{path}: holds something else than named tensors")
-    return found
 
 
 def _check_params(root: Path, layout: MetaLayout, flag: str) -> None:

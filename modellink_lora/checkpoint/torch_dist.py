@@ -8,7 +8,6 @@ named tensors of full shape, whatever the layout that wrote them; `megatron_dist
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink_lora.checkpoint.unpickle import Inert, RestrictedUnpickler, load_common_state, load_rank_file
+from modellink_lora.checkpoint.unpickle import Inert, RestrictedUnpickler, load, load_common_state, load_rank_file
 from modellink_lora.config.errors import UserError
 
 METADATA, COMMON = ".metadata", "common.pt"
@@ -110,21 +109,18 @@ class TorchDist:
 
     def _bytes(self, chunk: Chunk) -> bytes:
         path = self.folder / chunk.file
-        try:
-            with path.open("rb") as file:
-                file.seek(chunk.start)
-                return file.read(chunk.length)
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: {METADATA} names it") from None
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {METADATA} names it")
+        if not 0 <= chunk.start <= chunk.start + chunk.length <= path.stat().st_size:
+            raise UserError(f"{path}: cut short: {METADATA} says that it holds {chunk.length} bytes at {chunk.start}")
+        with path.open("rb") as file:
+            file.seek(chunk.start)
+            return file.read(chunk.length)
 
     def load(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         """One piece as it was written."""
-        path, data = self.folder / chunk.file, self._bytes(chunk)
-        try:
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen types for a bad file
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path}: damaged or cut short ({reason})") from None
+        path = self.folder / chunk.file
+        found = load(self._bytes(chunk), where=str(path))
         if not isinstance(found, Tensor) or tuple(found.shape) != chunk.sizes or found.dtype != dtype:
             raise UserError(f"{path}: holds something else at byte {chunk.start} than {METADATA} says")
         return found.detach()
@@ -180,14 +176,25 @@ def _entry(name: str, found: Any, storage: Mapping[tuple[str, tuple[int, ...]], 
     if dtype is None:
         raise UserError(f"says no dtype for {name}")
     chunks = tuple(_piece(name, tuple(piece.offsets), tuple(piece.sizes), storage) for piece in found.chunks)
-    return Entry(tuple(found.size), dtype, chunks)
+    shape = tuple(int(size) for size in found.size)
+    if odd := [chunk for chunk in chunks if not _lies_inside(chunk, shape)]:
+        raise UserError(f"says that {name} has the shape {shape}, and a piece {odd[0].sizes} at {odd[0].offsets}")
+    return Entry(shape, dtype, chunks)
+
+
+def _lies_inside(chunk: Chunk, shape: tuple[int, ...]) -> bool:
+    if not chunk.offsets:
+        return True
+    if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
+        return False
+    return all(0 <= first <= first + size <= limit for first, size, limit in zip(chunk.offsets, chunk.sizes, shape))
 
 
 def _piece(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], storage: Mapping[Any, Any]) -> Chunk:
     info = storage.get((name, offsets)) or storage.get((name, ()))
     if info is None:
         raise UserError(f"does not say where the piece of {name} at {list(offsets)} is stored")
-    if "/" in info.relative_path or getattr(info, "transform_descriptors", None):
+    if Path(info.relative_path).name != info.relative_path or getattr(info, "transform_descriptors", None):
         raise UserError(f"stores {name} in a way that is not read ({info.relative_path})")
     return Chunk(offsets, sizes, info.relative_path, int(info.offset), int(info.length))
 

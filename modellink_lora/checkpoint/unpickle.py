@@ -1,19 +1,22 @@
-"""Reading Megatron's pickled rank files without running what is in them: only what is listed here is constructed."""
+"""Reading pickled checkpoints without running what is in them: only what is listed here is constructed."""
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from modellink_lora.checkpoint.archive import examine
 from modellink_lora.config.errors import UserError
 
 
@@ -27,15 +30,35 @@ class Inert:
         pass
 
 
+class _Dtype:
+    """A numpy dtype of plain numbers. numpy's own takes a state from the pickle with which it reads foreign memory."""
+
+    def __init__(self, name: Any, *args: Any) -> None:
+        if not re.fullmatch(r"[<>|=]?[biufc?]\d*", str(name)):
+            raise UserError(f"contains the numpy type {name!r}, which weights do not need: the file is refused unread")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    return np.frombuffer(data, kind.dtype)[0]
+
+
+def _bytes(data: Any = b"") -> bytes:
+    """bytes and bytearray, but not of a number, which would ask for so many zeros."""
+    if isinstance(data, int):
+        raise UserError(f"asks for {data} bytes, which weights do not need: the file is refused unread")
+    return bytes(data)
+
+
 def _rebuild_npu_tensor(
     storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, npu_info: Any = None
-) -> torch.Tensor:
+) -> Tensor:
     """What torch_npu stores for a tensor of an Ascend device: a torch tensor plus the chip's memory format."""
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
 
-
-# numpy 1 and 2 keep these two functions in modules of different names; values know their own.
-_NUMPY: dict[str, Any] = {"_reconstruct": np.zeros(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("argparse", "Namespace"): Namespace,
@@ -45,21 +68,33 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): Inert,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", name): found for core in ("core", "_core") for name, found in _NUMPY.items()},
-    **{("builtins", t.__name__): t for t in (set, frozenset, complex, bytearray, slice, list, dict, tuple, int, float,
-                                             bool, str, bytes)},
+    ("numpy", "ndarray"): Inert,  # random states; nothing that is read from a checkpoint is a numpy array
+    ("numpy", "dtype"): _Dtype,
+    # numpy 1 and 2 keep these two in modules of different names
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): Inert for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,  # torch 0.3
+    **{("builtins", t.__name__): t for t in (set, frozenset, complex, slice, list, dict, tuple, int, float, bool, str)},
+    ("builtins", "bytes"): _bytes,
+    ("builtins", "bytearray"): _bytes,
 }  # fmt: skip
 # Members of args or of optimizer state that come from these libraries are of no use here.
 _INERT_LIBRARIES = (
     "megatron", "modellink", "mindspeed", "mindspeed_llm", "ascendspeed", "torch_npu", "transformer_engine", "apex",
     "signal", "pathlib",
 )  # fmt: skip
+_WITH_STATE = (dict, Namespace, Inert, _Dtype)  # what a pickle may give a state to
 
 
-class RestrictedUnpickler(pickle.Unpickler):
-    """pickle.Unpickler with an allow-list."""
+class RestrictedUnpickler(pickle._Unpickler):
+    """pickle's unpickler with an allow-list.
+
+    The one written in Python, whose steps can be overridden: a state is given to objects only, never to a class or a
+    function, of which there is one for the whole process.
+    """
+
+    records: Mapping[str, int] | None = None  # sizes in bytes of an archive's records; None where there is no archive
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module  # pickle protocol 2, which torch.save writes
@@ -77,6 +112,27 @@ class RestrictedUnpickler(pickle.Unpickler):
             return Inert
         raise UserError(f"contains {module}.{name}, which weights do not need: the file is refused unread")
 
+    def load_build(self) -> None:
+        owner = self.stack[-2]
+        if not isinstance(owner, _WITH_STATE):
+            name = getattr(owner, "__name__", type(owner).__name__)
+            raise UserError(f"changes {name}, which weights do not need: the file is refused unread")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_binpersid(self) -> None:
+        kind, *rest = self.stack[-1]
+        if kind != "storage":
+            raise UserError(f"contains a {kind}, which weights do not need: the file is refused unread")
+        if self.records is not None:
+            element = 1 if rest[0] is torch.UntypedStorage else rest[0].dtype.itemsize
+            if (said := rest[3] * element) != (held := self.records.get(f"data/{rest[1]}")):
+                raise UserError(f"damaged: a tensor of {said} bytes is said to be in data/{rest[1]}, which has {held}")
+        super().load_binpersid()  # type: ignore[misc]
+
+    dispatch[pickle.BINPERSID[0]] = load_binpersid
+
 
 def _member(owner: Any, name: str) -> Inert:
     """What Python 3.11.2 and its neighbours store for a member of an enum: getattr(class, name)."""
@@ -92,41 +148,61 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# What torch.load expects of a pickle module; it looks at the name as well.
-_PICKLE_MODULE = SimpleNamespace(
-    __name__=__name__,
-    Unpickler=RestrictedUnpickler,
-    load=lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load(),
-)
-
-
 def load_rank_file(path: Path) -> dict[str, Any]:
     """The top-level dictionary of a `model_optim_rng.pt`, tensors mapped from disk.
 
-    Raises UserError when the file is damaged or contains anything that is not on the allow-list.
+    Raises:
+        UserError: the file is missing or damaged, or contains anything that is not on the allow-list.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return _dictionary(_load(path, path, mmap=True), path)
+    return _dictionary(load(path), str(path))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a `pytorch_model.bin`, an `adapter_model.bin` or a `consolidated.NN.pth`.
+
+    Mapped from disk; files of the format before torch 1.6 are read into memory. Raises UserError as `load_rank_file`.
+    """
+    document = _dictionary(load(path), str(path))
+    if odd := [name for name, value in document.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise UserError(f"{path}: {odd[0]!r} is no named tensor; save the model's state_dict alone")
+    return document
 
 
 def load_common_state(data: bytes, path: Path) -> dict[str, Any]:
     """The dictionary that `data`, found in `path`, holds in a list of one. Raises UserError as `load_rank_file`."""
-    document = _load(io.BytesIO(data), path)
-    return _dictionary(document[0] if isinstance(document, list) and len(document) == 1 else document, path)
+    document = load(data, where=str(path))
+    return _dictionary(document[0] if isinstance(document, list) and len(document) == 1 else document, str(path))
 
 
-def _load(source: Any, path: Path, **options: Any) -> Any:
+def load(source: Path | bytes, *, where: str | None = None) -> Any:
+    """What `torch.save` put into a file or into bytes, checksums compared. Raises UserError as `load_rank_file`.
+
+    Args:
+        where: the file that bytes come from.
+    """
+    where = where or str(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise UserError(f"{source}: no such file")
     try:
-        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=_PICKLE_MODULE, **options)
+        records = examine(source)
+        unpickler = type("Unpickler", (RestrictedUnpickler,), {"records": records})
+        # what torch.load expects of a pickle module; it looks at the name as well
+        module = SimpleNamespace(
+            __name__=__name__,
+            Unpickler=unpickler,
+            load=lambda file, **options: RestrictedUnpickler(file, **options).load(),
+        )
+        opened = source if isinstance(source, Path) else io.BytesIO(source)
+        mapped = isinstance(source, Path) and records is not None
+        return torch.load(opened, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     except Exception as error:  # torch and pickle raise a dozen types for a bad file
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, cut short or not a checkpoint ({reason})") from None
+        raise UserError(f"{where}: damaged, cut short or not a checkpoint ({reason})") from None
 
 
-def _dictionary(document: Any, path: Path) -> dict[str, Any]:
+def _dictionary(document: Any, where: str) -> dict[str, Any]:
     if not isinstance(document, dict):
-        raise UserError(f"{path}: holds a {type(document).__name__}, expected the dictionary of a Megatron checkpoint")
+        raise UserError(f"{where}: holds a {type(document).__name__}, expected the dictionary of a checkpoint")
     return document

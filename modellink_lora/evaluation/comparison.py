@@ -106,7 +106,7 @@ class Reference:
         torch.save(logits, self._folder / key)
 
     def read(self, key: str) -> Tensor:
-        return torch.load(self._folder / key)
+        return torch.load(self._folder / key, weights_only=True)
 
     def keep_noise(self, key: str, dtype: torch.dtype, disturbed: Tensor) -> None:
         """Logits of the same model with `disturbed` weights."""
