@@ -86,6 +86,8 @@ class Parser:
         for option in (*self._options.values(), *self._yaml_only.values()):
             if option.dest in given:
                 value = given[option.dest]
+                if value == [] and not option.many:  # what argparse makes of `--flag=--`
+                    self._arguments.error(f"{option.flag}: expected one argument")
                 result[option.config][option.field] = tuple(value) if isinstance(value, list) else value
         return result
 

@@ -52,6 +52,8 @@ class Option:
         if self.kind is str:
             return self._checked(text)
         try:
+            if not text.isascii() or "_" in text or text != text.strip():  # which Python would take: 1_000, \u0663
+                raise ValueError
             return self._checked(self.kind(text))
         except ValueError:
             raise ValueError(f"{text!r} is not {_CALLED[self.kind]}") from None

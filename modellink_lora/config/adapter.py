@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import Range, check_number, check_ranges, flag
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + scaling * B A"""
 
-    r: int = flag(16, "LoRA rank", name="lora-r")
-    alpha: float = flag(32.0, "LoRA alpha; scaling is alpha / r", name="lora-alpha")
-    dropout: float = flag(0.0, "dropout on the adapter's input", name="lora-dropout")
+    r: int = flag(16, "LoRA rank", name="lora-r", at_least=1)
+    alpha: float = flag(32.0, "LoRA alpha; scaling is alpha / r", name="lora-alpha", above=0)
+    dropout: float = flag(0.0, "dropout on the adapter's input", name="lora-dropout", at_least=0, below=1)
     target_modules: tuple[str, ...] = flag(
         (),
         "linear_qkv linear_proj linear_fc1 linear_fc2, or by their legacy names "
@@ -30,16 +29,12 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for where, rank in [("--lora-r", self.r), *((f"rank_pattern[{k}]", v) for k, v in self.rank_pattern.items())]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise UserError(f"{where} {rank}: the rank must be a whole number of at least 1")
-        alphas = [("--lora-alpha", self.alpha), *((f"alpha_pattern[{k}]", v) for k, v in self.alpha_pattern.items())]
-        for where, alpha in alphas:
-            if not math.isfinite(alpha) or alpha <= 0:
-                raise UserError(f"{where} {alpha}: must be a positive number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"--lora-dropout {self.dropout}: must be at least 0 and below 1")
+        for name, rank in self.rank_pattern.items():
+            check_number(f"rank_pattern[{name}]", rank, int, Range(at_least=1))
+        for name, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{name}]", alpha, float, Range(above=0))
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter on `module`, a global module path or its last part."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import MOST_WORKERS, check_ranges, flag
 from modellink_lora.config.parallel import parse_layer_list
 
 _LOADERS = {"llama2_hf": "hf", "megatron": "mg"}
@@ -45,21 +45,30 @@ class ConvertConfig:
     model_type_hf: str | None = flag(None, "model family; config.json decides, this is compared with it")
     lora_load: str | None = flag(None, "adapter to merge into the weights, or to export")
     target_tensor_parallel_size: int | None = flag(
-        None, "tensor parallel size of the result, for meta its number of files; default 1"
+        None,
+        "tensor parallel size of the result, for meta its number of files; default 1",
+        at_least=1,
     )
-    target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1")
+    target_pipeline_parallel_size: int | None = flag(None, "pipeline stages of the result; default 1", at_least=1)
     target_expert_parallel_size: int | None = flag(
-        None, "expert parallel size of the result; default 1", aliases=("target-expert-model-parallel-size",)
+        None,
+        "expert parallel size of the result; default 1",
+        aliases=("target-expert-model-parallel-size",),
+        at_least=1,
     )
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "interleave the stages of the result: layers of each of its runs, stored as model0, model1, ..."
+        None,
+        "interleave the stages of the result: layers of each of its runs, stored as model0, model1, ...",
+        at_least=1,
     )
     num_layer_list: str | None = flag(None, "layers of each pipeline stage of the result, e.g. 6,8,8,10")
     params_dtype: str | None = flag(
         None, "dtype of the result; default that of the weights read", choices=("fp32", "bf16", "fp16")
     )
     make_vocab_size_divisible_by: int | None = flag(
-        None, "pad the vocabulary to a multiple of this times TP; default 1, or as it is where that still divides"
+        None,
+        "pad the vocabulary to a multiple of this times TP; default 1, or as it is where that still divides",
+        at_least=1,
     )
     use_mcore_models: bool = flag(False, "write megatron-core names, and read them unless --load-from-legacy")
     load_from_legacy: bool = flag(False, "--load-dir holds legacy names")
@@ -70,7 +79,9 @@ class ConvertConfig:
     post_norm: bool = flag(False, "it has norms behind its sublayers; compared with the checkpoint")
     base_model_name_or_path: str | None = flag(None, "base model to name in an exported PEFT adapter")
     svd_rank: int | None = flag(
-        None, "with peft: cut the update of each projection to this rank by its singular values, and say the error"
+        None,
+        "with peft: cut the update of each projection to this rank by its singular values, and say the error",
+        at_least=1,
     )
     w_pack: str | None = flag(
         None,
@@ -79,7 +90,12 @@ class ConvertConfig:
     )
     dry_run: bool = flag(False, "print the plan and write nothing")
     list_moves: bool = flag(False, "print every tensor of the plan, not only their kinds")
-    workers: int = flag(0, "threads that read, merge and write; default as many as there are cores, at most 8")
+    workers: int = flag(
+        0,
+        "threads that read, merge and write; default as many as there are cores, at most 8",
+        at_least=0,
+        at_most=MOST_WORKERS,
+    )
     overwrite: bool = flag(False, "replace a result that is already there; the old one is kept until the new is whole")
     verify: bool = flag(False, "read the result again and compare every tensor with what it was made of")
     merge_report: str | None = flag(
@@ -92,6 +108,7 @@ class ConvertConfig:
     saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.save_dir:
             raise UserError("--save-dir is missing: say where the result goes")
         if self.loader and self.load_model_type and _LOADERS[self.loader] != self.load_model_type:
@@ -101,13 +118,6 @@ class ConvertConfig:
                 raise UserError(f"--save-model-type {self.target} exports an adapter: name it with --lora-load")
         elif not self.load_dir:
             raise UserError("--load-dir is missing: name the checkpoint to convert")
-        for name in (
-            "target_tensor_parallel_size", "target_pipeline_parallel_size", "make_vocab_size_divisible_by",
-            "num_layers_per_virtual_pipeline_stage", "svd_rank", "target_expert_parallel_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.save_to_legacy and self.load_from_legacy:
             raise UserError("--save-to-legacy and --load-from-legacy together change nothing: give one of them")
         if self.load_from_legacy and self.source == "hf":
@@ -116,8 +126,6 @@ class ConvertConfig:
             raise UserError(f"--svd-rank is for --save-model-type peft, not {self.target}")
         if self.verify_logits is not None and self.target not in ("hf", "mg"):
             raise UserError("--verify-logits compares a merged model: it goes with --save-model-type mg or hf")
-        if self.workers < 0:
-            raise UserError(f"--workers {self.workers}: give a number of threads, or 0 for as many as there are cores")
         in_stages = ("mg", "adapter-ranks")
         for name, kinds, ones in (
             ("num_layer_list", in_stages, None),

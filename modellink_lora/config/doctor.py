@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,9 @@ class DoctorConfig:
     device: str = flag("auto", "what to look at", choices=("auto", "cuda", "npu", "cpu"))
     operators: bool = flag(True, "do not run the device's operators", name="no-operators", inverted=True)
     json: str | None = flag(None, "write everything to this file too, for a report of an error")
-    timeout_seconds: float = flag(60.0, "how long processes are waited for, and two of them for each other")
+    timeout_seconds: float = flag(
+        60.0, "how long processes are waited for, and two of them for each other", above=0, at_most=86400
+    )
 
     def __post_init__(self) -> None:
-        if self.timeout_seconds <= 0:
-            raise UserError(f"--timeout-seconds {self.timeout_seconds:g}: give more than 0")
+        check_ranges(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import LARGEST_SEED, MINUTES_OF_A_YEAR, check_ranges, flag
 from modellink_lora.config.npu import plain_operators_flag
 
 
@@ -24,26 +24,29 @@ class EngineConfig:
     prompt_type: str | None = flag(None, "template around each prompt; default none")
     hf_chat_template: bool = flag(False, "put the tokenizer's own chat template around each prompt")
     add_eos_token: tuple[str, ...] = flag((), "further tokens that end an answer, e.g. '<|im_end|>'")
-    max_length: int | None = flag(None, "most tokens of prompt and answer together; default the model's positions")
-    max_batch_size: int = flag(8, "prompts computed at once; each has its rows of the key/value cache")
+    max_length: int | None = flag(
+        None, "most tokens of prompt and answer together; default the model's positions", at_least=2
+    )
+    max_batch_size: int = flag(8, "prompts computed at once; each has its rows of the key/value cache", at_least=1)
     use_kv_cache: bool = flag(True, "compute all tokens anew at each step", name="no-kv-cache", inverted=True)
     use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
     bf16: bool = flag(False, "compute in bf16; default fp32")
     fp16: bool = flag(False, "compute in fp16")
-    seed: int = flag(1234, "of sampling: the same seed gives the same answers at every layout")
+    seed: int = flag(
+        1234, "of sampling: the same seed gives the same answers at every layout", at_least=0, at_most=LARGEST_SEED
+    )
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
     npu_plain_operators: tuple[str, ...] = plain_operators_flag()
-    distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
+    distributed_timeout_minutes: int = flag(
+        30, "how long a collective waits for a missing process", at_least=1, at_most=MINUTES_OF_A_YEAR
+    )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.prompt_type and self.hf_chat_template:
             raise UserError("--hf-chat-template and --prompt-type exclude each other: give one")
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: give one")
-        if self.max_batch_size < 1:
-            raise UserError(f"--max-batch-size {self.max_batch_size}: must be at least 1")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"--max-length {self.max_length}: must be at least 2")
         self.adapters()
 
     @property

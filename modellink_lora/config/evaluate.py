@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 
 TASK_NAMES = ("mmlu", "cmmlu", "ceval", "boolq", "gsm8k", "bbh", "agieval", "human_eval")
 DEFAULT_FOLDER = "evaluation_results"
@@ -19,7 +19,9 @@ class EvalConfig:
     task: tuple[str, ...] = flag((), f"what to evaluate on: {' '.join(TASK_NAMES)}", choices=TASK_NAMES)
     task_data_path: tuple[str, ...] = flag((), "folder of each task's test files, in the order of --task")
     num_shots: int | None = flag(
-        None, "worked examples before each question; default 5 where the data bring them, see docs/evaluation.md"
+        None,
+        "worked examples before each question; default 5 where the data bring them, see docs/evaluation.md",
+        at_least=0,
     )
     scoring: str = flag(
         "logprob",
@@ -29,17 +31,23 @@ class EvalConfig:
     eval_language: str | None = flag(
         None, "language of mmlu's, cmmlu's and ceval's prompts; default that of the data", choices=("en", "zh")
     )
-    max_eval_samples: int | None = flag(None, "only the first so many questions of each subject")
-    evaluation_batch_size: int | None = flag(None, "questions computed at once; the same as --max-batch-size")
+    max_eval_samples: int | None = flag(None, "only the first so many questions of each subject", at_least=1)
+    evaluation_batch_size: int | None = flag(
+        None, "questions computed at once; the same as --max-batch-size", at_least=1
+    )
     max_new_tokens: int | None = flag(
-        None, "most tokens of a written answer; default 128, 512 for gsm8k, bbh and human_eval"
+        None,
+        "most tokens of a written answer; default 128, 512 for gsm8k, bbh and human_eval",
+        at_least=1,
     )
     greedy: bool = flag(False, "write answers greedily, whatever the next three flags say")
     temperature: float | None = flag(
-        None, f"sample written answers; default greedy, {_TEMPERATURE} if --top-p or --top-k is given"
+        None,
+        f"sample written answers; default greedy, {_TEMPERATURE} if --top-p or --top-k is given",
+        at_least=0,
     )
-    top_p: float | None = flag(None, f"sampling: share of probability kept; default {_TOP_P}")
-    top_k: int | None = flag(None, "sampling: so many most likely tokens are kept; default all")
+    top_p: float | None = flag(None, f"sampling: share of probability kept; default {_TOP_P}", above=0, at_most=1)
+    top_k: int | None = flag(None, "sampling: so many most likely tokens are kept; default all", at_least=0)
     instruction_template: str | None = flag(None, "human_eval: text around each problem, with {prompt} in its place")
     no_chat_template: bool = flag(False, "plain prompts, although the tokenizer has a chat template; the default")
     tuned_only: bool = flag(False, "do not evaluate the base beside the adapter")
@@ -52,6 +60,7 @@ class EvalConfig:
     overwrite: bool = flag(False, "throw away what an earlier evaluation left in the folder")
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.task:
             raise UserError(f"--task is missing: say what to evaluate on: {', '.join(TASK_NAMES)}")
         if len(set(self.task)) < len(self.task):
@@ -62,15 +71,6 @@ class EvalConfig:
                 f"{len(self.task_data_path)} ({' '.join(self.task_data_path) or 'nothing'}): give one folder for each "
                 "task, in the same order"
             )
-        for name, value, least in (
-            ("num-shots", self.num_shots, 0), ("max-eval-samples", self.max_eval_samples, 1),
-            ("evaluation-batch-size", self.evaluation_batch_size, 1), ("max-new-tokens", self.max_new_tokens, 1),
-            ("temperature", self.temperature, 0), ("top-k", self.top_k, 0),
-        ):  # fmt: skip
-            if value is not None and value < least:
-                raise UserError(f"--{name} {value}: must be at least {least}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1")
         if "human_eval" in self.task and not self.allow_code_execution:
             raise UserError(
                 "--task human_eval runs code that the model writes: give --allow-code-execution, on a machine or in a "

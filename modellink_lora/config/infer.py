@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 
 BATCH_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
 TASKS = (*BATCH_TASKS, "chat", "server", "web")
@@ -27,38 +26,31 @@ class InferConfig:
         None, 'prompts: .txt lines, a .json list of texts, or .jsonl of {"prompt": ..} or {"messages": [..]}'
     )
     output: str | None = flag(None, "write the answers to this .jsonl file instead of printing them")
-    max_new_tokens: int = flag(128, "most tokens of an answer")
-    temperature: float = flag(0.7, "of sampling; 0 takes the most likely token")
-    top_k: int = flag(50, "sample from that many of the most likely tokens; 0 from all")
-    top_p: float = flag(0.95, "sample from the most likely tokens that together reach this probability")
-    min_p: float = flag(0.0, "sample from tokens with at least this share of the best one's probability")
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely")
-    num_beams: int = flag(2, "beams of a beam search")
+    max_new_tokens: int = flag(128, "most tokens of an answer", at_least=1)
+    temperature: float = flag(0.7, "of sampling; 0 takes the most likely token", at_least=0)
+    top_k: int = flag(50, "sample from that many of the most likely tokens; 0 from all", at_least=0)
+    top_p: float = flag(
+        0.95, "sample from the most likely tokens that together reach this probability", above=0, at_most=1
+    )
+    min_p: float = flag(
+        0.0, "sample from tokens with at least this share of the best one's probability", at_least=0, at_most=1
+    )
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely", above=0)
+    num_beams: int = flag(2, "beams of a beam search", at_least=1)
     length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
     stop: tuple[str, ...] = flag((), "further texts that end an answer")
     adapter_scale: float = flag(1.0, "strength of the adapter: 0 is the base, 1 as trained")
-    history_turns: int = flag(3, "questions that a chat remembers, the newest included")
+    history_turns: int = flag(3, "questions that a chat remembers, the newest included", at_least=1)
     host: str = flag("127.0.0.1", "address that server and web page listen on; by default this machine only")
-    port: int | None = flag(None, "port of server (default 8000) or web page (default 7860); 0 takes a free one")
+    port: int | None = flag(
+        None, "port of server (default 8000) or web page (default 7860); 0 takes a free one", at_least=0, at_most=65535
+    )
     api_key: str | None = flag(None, "ask clients of the server for this key (Authorization: Bearer KEY)")
-    max_waiting: int = flag(256, "requests that may wait for their turn; more are answered with status 429")
-    max_request_bytes: int = flag(1 << 20, "longest request the server reads")
+    max_waiting: int = flag(256, "requests that may wait for their turn; more are answered with status 429", at_least=1)
+    max_request_bytes: int = flag(1 << 20, "longest request the server reads", at_least=1)
 
     def __post_init__(self) -> None:
-        _check(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "must be at least 1")
-        _check(0 <= self.temperature < math.inf, "--temperature", self.temperature, "must be 0 or more")
-        _check(self.top_k >= 0, "--top-k", self.top_k, "must be 0 (all tokens) or more")
-        _check(0 < self.top_p <= 1, "--top-p", self.top_p, "must be above 0 and at most 1")
-        _check(0 <= self.min_p <= 1, "--min-p", self.min_p, "must be between 0 and 1")
-        _check(0 < self.repetition_penalty < math.inf, "--repetition-penalty", self.repetition_penalty,
-               "must be above 0; 1 changes nothing")  # fmt: skip
-        _check(self.num_beams >= 1, "--num-beams", self.num_beams, "must be at least 1")
-        _check(math.isfinite(self.length_penalty), "--length-penalty", self.length_penalty, "must be a number")
-        _check(math.isfinite(self.adapter_scale), "--adapter-scale", self.adapter_scale, "must be a number")
-        _check(self.history_turns >= 1, "--history-turns", self.history_turns, "must be at least 1")
-        _check(self.port is None or 0 <= self.port < 65536, "--port", self.port, "must be between 0 and 65535")
-        _check(self.max_waiting >= 1, "--max-waiting", self.max_waiting, "must be at least 1")
-        _check(self.max_request_bytes >= 1, "--max-request-bytes", self.max_request_bytes, "must be at least 1")
+        check_ranges(self)
         _check(all(self.stop), "--stop", "''", "every text ends with nothing: give at least one character")
         _check(all(self.prompt), "--prompt", "''", "is empty: write something")
         if self.prompt and self.prompt_file:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import MINUTES_OF_A_YEAR, check_ranges, flag
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,12 @@ class LogitsConfig:
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
     bf16: bool = flag(False, "compute in bf16; default fp32")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
-    distributed_timeout_minutes: int = flag(30, "how long a collective waits for a missing process")
+    distributed_timeout_minutes: int = flag(
+        30, "how long a collective waits for a missing process", at_least=1, at_most=MINUTES_OF_A_YEAR
+    )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.prompt_file.endswith((".json", ".txt")):
             raise UserError(f"--prompt-file {self.prompt_file}: give a .json list of texts or a .txt file of lines")
         if not self.output.endswith(".safetensors"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -17,18 +17,18 @@ DTYPES = ("fp32", "bf16", "fp16")
 class ModelConfig:
     """Model (read from the checkpoint; a flag that contradicts it is an error)"""
 
-    num_layers: int = flag(0, "transformer layers")
-    hidden_size: int = flag(0, "width of the residual stream, h")
-    num_attention_heads: int = flag(0, "query heads")
-    ffn_hidden_size: int = flag(0, "width of the MLP, f")
-    num_query_groups: int = flag(0, "key/value heads, g; default the number of query heads")
-    kv_channels: int = flag(0, "width of one head, d; default hidden size / heads")
-    max_position_embeddings: int = flag(0, "longest sequence the model was made for")
-    vocab_size: int = flag(0, "tokens of the model, without padding")
-    make_vocab_size_divisible_by: int = flag(1, "the padded vocabulary is a multiple of this times TP")
-    padded_vocab_size: int = flag(0, "rows of the embedding in the checkpoint")
+    num_layers: int = flag(0, "transformer layers", at_least=0)
+    hidden_size: int = flag(0, "width of the residual stream, h", at_least=0)
+    num_attention_heads: int = flag(0, "query heads", at_least=0)
+    ffn_hidden_size: int = flag(0, "width of the MLP, f", at_least=0)
+    num_query_groups: int = flag(0, "key/value heads, g; default the number of query heads", at_least=0)
+    kv_channels: int = flag(0, "width of one head, d; default hidden size / heads", at_least=0)
+    max_position_embeddings: int = flag(0, "longest sequence the model was made for", at_least=0)
+    vocab_size: int = flag(0, "tokens of the model, without padding", at_least=0)
+    make_vocab_size_divisible_by: int = flag(1, "the padded vocabulary is a multiple of this times TP", at_least=1)
+    padded_vocab_size: int = flag(0, "rows of the embedding in the checkpoint", at_least=0)
     normalization: str = flag("LayerNorm", "norm of the layers", choices=("RMSNorm", "LayerNorm"))
-    norm_epsilon: float = flag(1e-5, "epsilon inside the norm")
+    norm_epsilon: float = flag(1e-5, "epsilon inside the norm", above=0)
     add_rmsnorm_offset: bool = flag(False, "RMSNorm multiplies by 1 + weight (Gemma)")
     embed_layernorm: bool = flag(False, "norm on the embedding (BLOOM)")
     post_norm: bool = flag(False, "norms behind attention and MLP as well as before them (Gemma 2, GLM-4-0414)")
@@ -38,50 +38,66 @@ class ModelConfig:
     position_embedding_type: str = flag(
         "learned_absolute", "position information", choices=("learned_absolute", "rope", "alibi")
     )
-    rotary_base: float = flag(10000.0, "theta of the rotary embedding")
-    rotary_percent: float = flag(1.0, "part of each head that is rotated")
+    rotary_base: float = flag(10000.0, "theta of the rotary embedding", at_least=1)
+    rotary_percent: float = flag(1.0, "part of each head that is rotated", above=0, at_most=1)
     rotary_interleaved: bool = flag(
         False, "rotary pairs are neighbours instead of halves (GLM)", aliases=("use-glm-rope",)
     )
     rope_scaling_type: str | None = flag(None, "rotary scaling", choices=("linear", "llama3", "dynamic"))
-    rope_scaling_factor: float = flag(1.0, "factor of the rotary scaling")
-    low_freq_factor: float = flag(1.0, "llama3 rotary scaling: low_freq_factor")
-    high_freq_factor: float = flag(4.0, "llama3 rotary scaling: high_freq_factor")
-    original_max_position_embeddings: int = flag(8192, "llama3 rotary scaling: length before it was extended")
+    rope_scaling_factor: float = flag(1.0, "factor of the rotary scaling", above=0)
+    low_freq_factor: float = flag(1.0, "llama3 rotary scaling: low_freq_factor", above=0)
+    high_freq_factor: float = flag(4.0, "llama3 rotary scaling: high_freq_factor", above=0)
+    original_max_position_embeddings: int = flag(
+        8192, "llama3 rotary scaling: length before it was extended", at_least=1
+    )
     untie_embeddings_and_output_weights: bool = flag(False, "output layer with weights of its own")
     add_qkv_bias: bool = flag(False, "bias on the q, k and v projections (Qwen2)")
     add_dense_bias: bool = flag(False, "bias on the attention's output projection (InternLM, BLOOM)")
     add_mlp_bias: bool = flag(False, "biases in the MLP (BLOOM)")
     qk_layernorm: bool = flag(False, "norm of each query and key head (Qwen3)")
     input_embeds_norm: bool = flag(False, "embeddings are multiplied by the root of the hidden size (Gemma)")
-    scale_emb: float = flag(1.0, "embeddings are multiplied by this (MiniCPM)")
-    scale_depth: float = flag(0.0, "residual branches are multiplied by this / root of the layers (MiniCPM); 0 for 1")
-    dim_model_base: int = flag(0, "the head's input is divided by hidden size / this (MiniCPM); 0 for 1")
+    scale_emb: float = flag(1.0, "embeddings are multiplied by this (MiniCPM)", at_least=0)
+    scale_depth: float = flag(
+        0.0, "residual branches are multiplied by this / root of the layers (MiniCPM); 0 for 1", at_least=0
+    )
+    dim_model_base: int = flag(0, "the head's input is divided by hidden size / this (MiniCPM); 0 for 1", at_least=0)
     normalize_head: bool = flag(False, "rows of the output layer are used at length 1 (Baichuan 2, Index)")
-    query_pre_attn_scalar: float = flag(0.0, "attention scores are divided by the root of this; 0 for the head's width")
-    attn_logit_softcapping: float = flag(0.0, "scores become c tanh(scores / c) (Gemma 2); 0 for none")
-    final_logit_softcapping: float = flag(0.0, "logits become c tanh(logits / c) (Gemma 2); 0 for none")
-    sliding_window: int = flag(0, "attention window of the source model; 0 for none", hidden=True)
-    num_experts: int = flag(0, "experts of each layer's MLP; 0 for a dense model")
-    moe_router_topk: int = flag(2, "experts that each token is sent to")
+    query_pre_attn_scalar: float = flag(
+        0.0, "attention scores are divided by the root of this; 0 for the head's width", at_least=0
+    )
+    attn_logit_softcapping: float = flag(0.0, "scores become c tanh(scores / c) (Gemma 2); 0 for none", at_least=0)
+    final_logit_softcapping: float = flag(0.0, "logits become c tanh(logits / c) (Gemma 2); 0 for none", at_least=0)
+    sliding_window: int = flag(0, "attention window of the source model; 0 for none", hidden=True, at_least=0)
+    num_experts: int = flag(0, "experts of each layer's MLP; 0 for a dense model", at_least=0)
+    moe_router_topk: int = flag(2, "experts that each token is sent to", at_least=1)
     moe_router_pre_softmax: bool = flag(
         False, "weights of a token's experts are a softmax over all experts (Qwen2-MoE), else over the chosen ones"
     )
     moe_ffn_hidden_size: int = flag(
-        0, "width of one expert; default --ffn-hidden-size", aliases=("moe-intermediate-size",)
+        0,
+        "width of one expert; default --ffn-hidden-size",
+        aliases=("moe-intermediate-size",),
+        at_least=0,
     )
-    moe_shared_expert_intermediate_size: int = flag(0, "width of the expert that sees every token; 0 for none")
+    moe_shared_expert_intermediate_size: int = flag(
+        0, "width of the expert that sees every token; 0 for none", at_least=0
+    )
     moe_shared_expert_gate: bool = flag(
         False, "the shared expert's output has a gate for each token (Qwen2-MoE)", aliases=("shared-expert-gate",)
     )
-    attention_dropout: float = flag(0.0, "dropout of attention weights; default what the model's config says")
-    hidden_dropout: float = flag(0.0, "dropout of the residual branches; default what the model's config says")
-    init_method_std: float = flag(0.02, "standard deviation of random initial weights")
+    attention_dropout: float = flag(
+        0.0, "dropout of attention weights; default what the model's config says", at_least=0, below=1
+    )
+    hidden_dropout: float = flag(
+        0.0, "dropout of the residual branches; default what the model's config says", at_least=0, below=1
+    )
+    init_method_std: float = flag(0.02, "standard deviation of random initial weights", at_least=0)
     hf_model_type: str = flag("llama", "model_type of the Hugging Face config the model came from", hidden=True)
     params_dtype: str = flag("fp32", "dtype of the weights", choices=DTYPES, hidden=True)
 
     def __post_init__(self) -> None:
         """Fill derived sizes. Raises UserError when the numbers do not make a model this package can run."""
+        check_ranges(self)
         for name in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size"):
             if getattr(self, name) < 1:
                 raise UserError(
@@ -142,8 +158,6 @@ class ModelConfig:
                 self.num_experts > 0 and not 0 < self.moe_router_topk <= self.num_experts,
             "--moe-router-topk 1 without --moe-router-pre-softmax, where every weight would be 1":
                 self.num_experts > 0 and self.moe_router_topk == 1 and not self.moe_router_pre_softmax,
-            "a negative scale or soft cap": min(self.scale_emb, self.scale_depth, self.dim_model_base,
-                self.query_pre_attn_scalar, self.attn_logit_softcapping, self.final_logit_softcapping) < 0,
         }  # fmt: skip
 
     def parameter_count(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 from modellink_lora.config.model import ModelConfig
 
 
@@ -24,24 +24,18 @@ def parse_layer_list(text: str) -> tuple[int, ...]:
 class ParallelConfig:
     """Parallel layout"""
 
-    tensor_model_parallel_size: int = flag(1, "processes that share one layer's matrices")
-    pipeline_model_parallel_size: int = flag(1, "pipeline stages")
+    tensor_model_parallel_size: int = flag(1, "processes that share one layer's matrices", at_least=1)
+    pipeline_model_parallel_size: int = flag(1, "pipeline stages", at_least=1)
     sequence_parallel: bool = flag(False, "split norms and residuals along the sequence; off when TP is 1")
     num_layer_list: str | None = flag(None, "layers of each pipeline stage, e.g. 6,8,8,10; must sum to the layer count")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
-        None, "interleave the stages in runs of this many layers, which shortens the pipeline's bubble"
+        None,
+        "interleave the stages in runs of this many layers, which shortens the pipeline's bubble",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
-        for size, name in (
-            (self.tensor_model_parallel_size, "--tensor-model-parallel-size"),
-            (self.pipeline_model_parallel_size, "--pipeline-model-parallel-size"),
-        ):
-            if size < 1:
-                raise UserError(f"{name} {size}: must be at least 1")
-        per_chunk = self.num_layers_per_virtual_pipeline_stage
-        if per_chunk is not None and per_chunk < 1:
-            raise UserError(f"--num-layers-per-virtual-pipeline-stage {per_chunk}: must be at least 1")
+        check_ranges(self)
 
     @property
     def model_parallel_size(self) -> int:

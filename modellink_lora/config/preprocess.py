@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import MOST_WORKERS, check_ranges, flag
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,16 @@ class PreprocessConfig:
     map_keys: dict[str, object] | None = flag(
         None, "which column holds what, where the names differ from the handler's own; an empty name means none"
     )
-    seq_length: int | None = flag(None, "drop samples of this many tokens or more; default keeps all")
+    seq_length: int | None = flag(None, "drop samples of this many tokens or more; default keeps all", at_least=2)
     append_eod: bool = flag(False, "end each sample with one more end-of-sequence token")
-    workers: int = flag(1, "processes that tokenise")
-    log_interval: int = flag(100, "documents between progress lines, where no progress bar can be drawn")
-    preview: int = flag(0, "first print this many samples as text, trained tokens marked")
+    workers: int = flag(1, "processes that tokenise", at_least=1, at_most=MOST_WORKERS)
+    log_interval: int = flag(100, "documents between progress lines, where no progress bar can be drawn", at_least=1)
+    preview: int = flag(0, "first print this many samples as text, trained tokens marked", at_least=0)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.output_prefix or self.output_prefix.endswith(("/", "\\")):
             raise UserError(
                 f"--output-prefix {self.output_prefix!r} is a folder: add the beginning of the file names, "
                 f"e.g. {self.output_prefix}alpaca"
             )
-        for value, low, name in (
-            (self.workers, 1, "--workers"),
-            (self.log_interval, 1, "--log-interval"),
-            (self.preview, 0, "--preview"),
-        ):
-            if value < low:
-                raise UserError(f"{name} {value}: must be at least {low}")
-        if self.seq_length is not None and self.seq_length < 2:
-            raise UserError(f"--seq-length {self.seq_length}: must be at least 2")

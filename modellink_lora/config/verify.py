@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.flag import flag
+from modellink_lora.config.flag import check_ranges, flag
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.parallel import ParallelConfig
 
@@ -21,7 +21,7 @@ _FIELDS = {
 class VerifyConfig:
     """Verification"""
 
-    verify_steps: int = flag(3, "steps at every layout")
+    verify_steps: int = flag(3, "steps at every layout", at_least=1)
     against: tuple[str, ...] = flag(
         (),
         "layouts to compare with, such as tp2,sp or pp2,vpp1 (vpp: layers per virtual stage) or dp; "
@@ -29,8 +29,7 @@ class VerifyConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.verify_steps < 1:
-            raise UserError(f"--verify-steps {self.verify_steps}: give a whole number of at least 1")
+        check_ranges(self)
         self.layouts()
 
     def layouts(self) -> list[ParallelConfig]:

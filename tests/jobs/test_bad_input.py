@@ -111,7 +111,7 @@ FLAGS_ALONE: list[tuple[str, dict[str, object], str]] = [
      "--lora-target-modules q_proj matches no layer; this model has linear_qkv linear_proj linear_fc1 linear_fc2 ("),
     ("no target", {"lora-target-modules": None},
      "--lora-target-modules is missing; this program trains adapters only. Name some of: linear_qkv linear_proj"),
-    ("rank 0", {"lora-r": 0}, "--lora-r 0: the rank must be a whole number of at least 1"),
+    ("rank 0", {"lora-r": 0}, "--lora-r 0: must be at least 1"),
     ("two precisions", {"fp16": True, "bf16": True}, "--bf16 and --fp16 exclude each other: choose one"),
     ("another stage", {"stage": "dpo"},
      "--stage dpo is not offered: this program fine-tunes on instructions (--stage sft)"),
@@ -119,7 +119,7 @@ FLAGS_ALONE: list[tuple[str, dict[str, object], str]] = [
     ("two data paths", {"data-path": ["a", "b"]}, "--data-path takes one prefix, 2 were given"),
     ("stages of a model in one piece", {"num-layer-list": "1,2"},
      "--num-layer-list needs --pipeline-model-parallel-size above 1"),
-    ("no learning rate", {"lr": None}, "--lr is missing: give a positive learning rate"),
+    ("no learning rate", {"lr": None}, "--lr is missing: give a number that is above 0"),
 ]
 # fmt: on
 

@@ -28,10 +28,10 @@ def test_a_pattern_matches_at_dots_and_the_longest_key_wins() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"r": 0}, "--lora-r 0: the rank must be"),
-        ({"r": 2.0}, "--lora-r 2.0: the rank must be"),
+        ({"r": 0}, "--lora-r 0: must be at least 1"),
+        ({"r": 2.0}, "--lora-r 2.0: must be a whole number"),
         ({"rank_pattern": {"linear_fc1": -1}}, r"rank_pattern\[linear_fc1\] -1"),
-        ({"alpha": 0.0}, "--lora-alpha 0.0: must be a positive number"),
+        ({"alpha": 0.0}, "--lora-alpha 0.0: must be above 0"),
         ({"alpha": math.nan}, "--lora-alpha nan"),
         ({"alpha_pattern": {"x": math.inf}}, r"alpha_pattern\[x\] inf"),
         ({"dropout": 1.0}, "--lora-dropout 1.0: must be at least 0 and below 1"),

@@ -41,7 +41,7 @@ def test_sizes_that_are_left_out_follow_from_the_others() -> None:
         ({"add_dense_bias": True}, "--add-dense-bias without --add-qkv-bias"),
         ({"input_embeds_norm": True, "scale_emb": 2.0}, "--input-embeds-norm together with --scale-emb"),
         ({"normalize_head": True}, "a normalized output layer that is also the embedding"),
-        ({"final_logit_softcapping": -1.0}, "a negative scale or soft cap"),
+        ({"final_logit_softcapping": -1.0}, "--final-logit-softcapping -1.0: must be at least 0"),
         ({"num_experts": 4, "swiglu": False}, "experts without --swiglu"),
         ({"num_experts": 4, "add_mlp_bias": True}, "experts without --swiglu, or with MLP biases"),
         ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3 of 2 experts"),

@@ -251,8 +251,8 @@ def test_a_calibration_comes_back_as_it_was_measured(tmp_path: Path) -> None:
     [
         (dict(model=""), "--model is missing"), (dict(devices="H200"), "say how many of which"),
         (dict(devices="0xH200"), "at least one"), (dict(seq_length=0), "--seq-length is missing"),
-        (dict(global_batch_size=0), "--global-batch-size is missing"), (dict(memory_fraction=1.5), "at most be 1"),
-        (dict(device_tflops=-1.0), "must not be negative"),
+        (dict(global_batch_size=0), "--global-batch-size is missing"), (dict(memory_fraction=1.5), "at most 1"),
+        (dict(device_tflops=-1.0), "must be at least 0"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:
