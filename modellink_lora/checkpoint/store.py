@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from modellink_lora.config.document import read_text
 from modellink_lora.config.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -37,11 +38,11 @@ def read_tracker(root: Path, *, flag: str) -> int | str:
     tracker = root / TRACKER
     if not tracker.is_file():
         raise UserError(f"{flag} {root}: holds no checkpoint ({TRACKER} is missing)")
-    text = tracker.read_text().strip()
+    text = read_text(tracker).strip()
     if text == "release":
         return text
-    if not text.isdigit():
-        raise UserError(f"{tracker} says {text!r}, expected an iteration number or 'release'")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"{tracker} says {text[:40]!r}, expected an iteration number or 'release'")
     return int(text)
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from modellink_lora import __version__
 from modellink_lora.cli.ending import record_error, watch_launcher
-from modellink_lora.config.errors import UserError
+from modellink_lora.config.errors import as_user_error, printable
 
 JOBS = {
     "preprocess": "turn conversations into token files",
@@ -58,19 +58,20 @@ def run(job: Callable[[], int | None]) -> int:
     watch_launcher()
     try:
         return job() or 0
-    except UserError as error:
-        line = f"{_rank_prefix()}error: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        print(f"{_rank_prefix()}stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        mendable = as_user_error(error)
+        if mendable is None:
+            record_error(f"{_rank_prefix()}{type(error).__name__}: {error}", error)
+            raise
+        line = f"{_rank_prefix()}error: {printable(str(mendable))}"
         record_error(line)
         if _rank_prefix():
             time.sleep(_PATIENCE_SECONDS)
         print(line, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{_rank_prefix()}stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        record_error(f"{_rank_prefix()}{type(error).__name__}: {error}", error)
-        raise
 
 
 def _rank_prefix() -> str:

@@ -80,6 +80,8 @@ class Option:
         return self._checked(value)
 
     def _checked(self, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value!r} holds a NUL, which no file name and no text of a flag may")
         if self.choices and value not in self.choices:
             raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
         return value

@@ -26,7 +26,7 @@ from modellink_lora.cli.ending import end
 from modellink_lora.cli.launch import Launch, set_environment_defaults
 from modellink_lora.cli.network import GLOO, set_network_defaults
 from modellink_lora.cli.signals import Stop
-from modellink_lora.config.errors import UserError
+from modellink_lora.config.errors import UserError, as_user_error, printable
 from modellink_lora.device import Device, get_device
 from modellink_lora.parallel.context import start_processes
 from modellink_lora.parallel.liveness import Liveness, Timing
@@ -174,8 +174,8 @@ def _fail(error: BaseException, launch: Launch, peers: Liveness) -> NoReturn:
     sys.stdout.flush()
     if isinstance(error, KeyboardInterrupt):
         peers.end("stopped", 130)
-    if isinstance(error, UserError):
-        trace, line = "", f"error: {' '.join(str(error).split())}"
+    if mendable := as_user_error(error):
+        trace, line = "", f"error: {printable(str(mendable))}"
         if not launch.is_first:
             time.sleep(_FIRST_SPEAKS_SECONDS)
     else:

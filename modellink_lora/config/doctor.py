@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import check_ranges, flag
 
 
@@ -22,3 +23,5 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.script == "":
+            raise UserError("--script '': name a training script")
