@@ -1,5 +1,7 @@
 # `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# the first that starts (a shim of pyenv may not) and is supported; make PYTHON=... takes another
+SUPPORTED := 3.11 3.12 3.13
+PYTHON ?= $(firstword $(shell for v in $(SUPPORTED); do python$$v -c '' 2>/dev/null && echo python$$v; done) python3)
 TORCH ?= torch==2.13.0
 # where pip finds torch, e.g. TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"; empty: the usual index
 TORCH_INDEX ?=
@@ -63,6 +65,10 @@ clean:  ## remove what make and the tools created, .venv included
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])') || version=none; \
+	case " $(SUPPORTED) " in *" $$version "*) ;; *) \
+		echo "error: $(PYTHON) is Python $$version, the tests run on $(SUPPORTED): install one, or give make PYTHON=python3.12" >&2; \
+		exit 2;; esac
 	$(PYTHON) -m venv .venv
 
 # torch comes first, alone: the machine decides which build of it, the rest must then fit

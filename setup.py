@@ -1,0 +1,5 @@
+"""For toolchains that start here; pyproject.toml says everything."""
+
+from setuptools import setup
+
+setup()
