@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modellink_lora.checkpoint.companions import copy_companions
 from modellink_lora.checkpoint.dtypes import dtype_name
 from modellink_lora.checkpoint.filling import Job, fill
 from modellink_lora.checkpoint.outfile import OutFile, Slot
@@ -29,12 +29,6 @@ from modellink_lora.models.family import Family
 from modellink_lora.models.shapes import full_shape
 
 INDEX = "model.safetensors.index.json"
-# Everything a model folder needs besides its weights, where it has it.
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*")  # files that look like weights of the model
 _DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$|\.masked_bias$")  # buffers that follow from the config
 
@@ -223,15 +217,6 @@ def read_config_json(folder: Path, *, flag: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {folder}: holds no config.json, so it is not a Hugging Face model folder")
     return with_model_type(_read_json(folder / "config.json"))
-
-
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy config and tokenizer files of a model folder; names of those found."""
-    found = [name for name in COMPANIONS if (source / name).is_file()]
-    target.mkdir(parents=True, exist_ok=True)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
 
 
 def write_hf_folder(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint import dtypes, megatron_args
+from modellink_lora.checkpoint.companions import copy_companions
 from modellink_lora.checkpoint.experts import holders, renumbered
 from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
-from modellink_lora.checkpoint.hf import copy_companions
 from modellink_lora.checkpoint.names import to_legacy
 from modellink_lora.checkpoint.outfile import OutFile
 from modellink_lora.checkpoint.rank_tree import EMBEDDING, HEAD, HF_FILES, Spelling, rank_file, shard_shape

@@ -8,6 +8,7 @@ from typing import Literal
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import MOST_WORKERS, check_ranges, flag
 from modellink_lora.config.parallel import parse_layer_list
+from modellink_lora.config.tokenizer import trust_remote_code_flag
 
 _LOADERS = {"llama2_hf": "hf", "megatron": "mg"}
 _SAVE_TYPES = {
@@ -104,6 +105,7 @@ class ConvertConfig:
     verify_logits: str | None = flag(
         None, "after merging, run this prompt (or token ids, e.g. 1,15,27) through base + adapter and the merged model"
     )
+    trust_remote_code: bool = trust_remote_code_flag()
     loader: str | None = flag(None, "older spelling of --load-model-type", choices=tuple(_LOADERS))
     saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
 
@@ -183,6 +185,7 @@ class ConvertConfig:
             "verify": (not self.exports_adapter, "only models are read again after writing"),
             "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
             "merge_report": (self.merges, "no adapter is merged"),
+            "trust_remote_code": (self.verify_logits is not None, "only --verify-logits loads the tokenizer"),
             "workers": (not self.exports_adapter, "an adapter is written by one thread"),
         }
         return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import MINUTES_OF_A_YEAR, check_ranges, flag
+from modellink_lora.config.tokenizer import trust_remote_code_flag
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LogitsConfig:
         None, "folder of the Hugging Face tokenizer; default the one kept with --load"
     )
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
+    trust_remote_code: bool = trust_remote_code_flag()
     bf16: bool = flag(False, "compute in bf16; default fp32")
     device: str = flag("auto", "where to run", choices=("auto", "cuda", "npu", "cpu"))
     distributed_timeout_minutes: int = flag(

@@ -9,6 +9,7 @@ from pathlib import Path
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import LARGEST_SEED, MINUTES_OF_A_YEAR, check_ranges, flag
 from modellink_lora.config.npu import plain_operators_flag
+from modellink_lora.config.tokenizer import trust_remote_code_flag
 
 DECAY_STYLES = ("linear", "cosine", "constant", "inverse-square-root")
 
@@ -25,6 +26,7 @@ class SftDataConfig:
         None, "folder of the Hugging Face tokenizer; default the one kept with --load"
     )
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
+    trust_remote_code: bool = trust_remote_code_flag()
     is_instruction_dataset: bool = flag(False, "the data are instruction sets; implied")
     variable_seq_lengths: bool = flag(False, "pad to the longest sample of a micro-batch instead of --seq-length")
     pad_to_multiple_of: int = flag(

@@ -96,7 +96,10 @@ def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
     reader = reader_for(config.handler_name, config.map_keys, columns)
     _say_source(records, reader, columns, config, say)
     tokenizer = load_tokenizer(
-        config.tokenizer_name_or_path, prompt_type=template.name, use_fast=config.use_fast_tokenizer
+        config.tokenizer_name_or_path,
+        prompt_type=template.name,
+        use_fast=config.use_fast_tokenizer,
+        trust_remote_code=config.trust_remote_code,
     )
     if not config.use_fast_tokenizer and tokenizer.is_fast:
         say("--tokenizer-not-use-fast: this tokenizer has only its fast form, which is used")

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.templates import get_template
 
@@ -14,14 +15,21 @@ _FALLBACK_EOS = "<|endoftext|>"
 _NO_LIMIT = 10**9
 
 
-def load_tokenizer(path: str | Path, *, prompt_type: str | None = None, use_fast: bool = True) -> Any:
+def load_tokenizer(
+    path: str | Path, *, prompt_type: str | None = None, use_fast: bool = True, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer in folder `path` with an eos and a pad token, and the eos token the template asks for.
 
-    Nothing is downloaded and no token is added: ids beyond the model's embedding cannot arise. Raises UserError for a
-    missing folder and for a token of the template that the vocabulary lacks.
+    Nothing is downloaded and no token is added: ids beyond the model's embedding cannot arise.
+
+    Args:
+        trust_remote_code: run the Python files that the folder names in auto_map; never asked about on the terminal.
+    Raises:
+        UserError: there is no such folder, it is damaged or needs code that may not run, or the vocabulary lacks a
+            token of the template.
     """
     template = None if prompt_type is None else get_template(prompt_type)
-    tokenizer = _read(path, use_fast)
+    tokenizer = _read(path, use_fast, trust_remote_code)
     size = len(tokenizer)
     if template is not None and template.replace_eos:
         _set(tokenizer, "eos_token", template.stop_words[0], path, f"--prompt-type {template.name} ends answers with")
@@ -49,7 +57,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _read(path: str | Path, use_fast: bool) -> Any:
+def _read(path: str | Path, use_fast: bool, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer  # seconds to import, and not every caller gets here
 
     folder = Path(path)
@@ -59,10 +67,29 @@ def _read(path: str | Path, use_fast: bool) -> Any:
         raise UserError(f"--tokenizer-name-or-path {path}: holds no tokenizer (tokenizer.json or tokenizer.model)")
     try:
         return AutoTokenizer.from_pretrained(
-            folder, use_fast=use_fast, local_files_only=True, model_max_length=_NO_LIMIT
-        )
+            folder, use_fast=use_fast, local_files_only=True, model_max_length=_NO_LIMIT,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     except Exception as error:  # whatever a broken file makes the library raise
-        raise UserError(f"--tokenizer-name-or-path {path}: cannot be loaded: {' '.join(str(error).split())}") from error
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            files = ", ".join(sorted(file.name for file in folder.glob("*.py"))) or "which the folder lacks"
+            raise UserError(
+                f"--tokenizer-name-or-path {path}: this tokenizer is Python code of its publisher ({files}): read it, "
+                "then give --trust-remote-code to run it"
+            ) from None
+        reason = _unknown_class(folder) or " ".join(str(error).split())
+        raise UserError(f"--tokenizer-name-or-path {path}: cannot be loaded: {reason}") from error
+
+
+def _unknown_class(folder: Path) -> str | None:
+    """That the folder names a class which transformers does not have; None where that is not the reason."""
+    import transformers
+
+    settings = folder / "tokenizer_config.json"
+    name = read_document(settings, dict[str, Any]).get("tokenizer_class") if settings.is_file() else None
+    if not isinstance(name, str) or hasattr(transformers, name):
+        return None
+    return f"tokenizer_class {name} is unknown to transformers, and the folder brings no code for it"
 
 
 def _set(tokenizer: Any, attribute: str, token: str, path: str | Path, why: str) -> None:

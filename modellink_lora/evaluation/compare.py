@@ -191,7 +191,9 @@ def _prompter(engine: EngineConfig, first: Model, note: Callable[[str], None]) -
         kind = first.adapters[TUNED].meta.prompt_type
         if kind:
             note(f"prompts get the template that the adapter was trained with: --prompt-type {kind}")
-    tokenizer = load_tokenizer(folder, prompt_type=kind, use_fast=engine.use_fast_tokenizer)
+    tokenizer = load_tokenizer(
+        folder, prompt_type=kind, use_fast=engine.use_fast_tokenizer, trust_remote_code=engine.trust_remote_code
+    )
     return Prompter(
         tokenizer, prompt_type=kind, hf_chat_template=engine.hf_chat_template, folder=Path(folder),
         stop_words=engine.add_eos_token,

@@ -57,7 +57,12 @@ def prompt_logits(
     folder = config.tokenizer_name_or_path or base.tokenizer_folder
     if folder is None:
         raise UserError(f"--load {config.load} keeps no tokenizer: give its folder to --tokenizer-name-or-path")
-    tokenizer = load_tokenizer(folder, prompt_type=config.prompt_type, use_fast=config.use_fast_tokenizer)
+    tokenizer = load_tokenizer(
+        folder,
+        prompt_type=config.prompt_type,
+        use_fast=config.use_fast_tokenizer,
+        trust_remote_code=config.trust_remote_code,
+    )
     template = get_template(config.prompt_type)
     ids = [encode_prompt(Conversation((Message("user", prompt),)), template, tokenizer) for prompt in prompts]
     _check(ids, config, vocab_size=base.config.vocab_size, positions=_longest(base.config))

@@ -45,7 +45,10 @@ def compare_logits(
     assert convert.verify_logits is not None and convert.target in ("hf", "mg")
     context = make_context(ParallelConfig(), torch_device)
     source = open_source(convert)
-    ids = token_ids(convert.verify_logits, source.companions(convert), source.config.vocab_size)
+    ids = token_ids(
+        convert.verify_logits, source.companions(convert), source.config.vocab_size,
+        trust_remote_code=convert.trust_remote_code,
+    )  # fmt: skip
     if len(ids) > source.config.max_position_embeddings:
         raise UserError(f"--verify-logits has {len(ids)} tokens, the model has {source.config.max_position_embeddings} "
                         "positions: shorten it")  # fmt: skip
@@ -65,14 +68,16 @@ def compare_logits(
     return gap
 
 
-def token_ids(text: str, tokenizer_folder: Path | None, vocab_size: int) -> Sequence[int]:
+def token_ids(
+    text: str, tokenizer_folder: Path | None, vocab_size: int, *, trust_remote_code: bool = False
+) -> Sequence[int]:
     """Token ids of a prompt, or those written out, e.g. `1,15,27`."""
     if re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
         ids = [int(word) for word in text.split(",")]
     elif tokenizer_folder is None:
         raise UserError("--verify-logits has a text, but the model came without a tokenizer: give token ids, e.g. 1,15")
     else:
-        ids = load_tokenizer(str(tokenizer_folder), prompt_type=None, use_fast=True)(text)["input_ids"]
+        ids = load_tokenizer(str(tokenizer_folder), trust_remote_code=trust_remote_code)(text)["input_ids"]
     if not ids or max(ids) >= vocab_size:
         raise UserError(f"--verify-logits {text!r}: needs at least one token id, all below {vocab_size}")
     return ids

@@ -84,7 +84,9 @@ def open_engine(
     if folder is None:
         raise UserError(f"--load {config.load} keeps no tokenizer: give its folder to --tokenizer-name-or-path")
     prompt_type = _template(config, adapters, adopt_template, tell)
-    tokenizer = load_tokenizer(folder, prompt_type=prompt_type, use_fast=config.use_fast_tokenizer)
+    tokenizer = load_tokenizer(
+        folder, prompt_type=prompt_type, use_fast=config.use_fast_tokenizer, trust_remote_code=config.trust_remote_code
+    )
     prompter = Prompter(
         tokenizer, prompt_type=prompt_type, hf_chat_template=config.hf_chat_template, folder=Path(folder),
         stop_words=config.add_eos_token,

@@ -65,7 +65,10 @@ def open_inputs(
         UserError: an input is missing, damaged, or does not fit the others.
     """
     if not train.load and "vocab_size" not in model_flags and data.tokenizer_name_or_path:
-        model_flags = {**model_flags, "vocab_size": len(load_tokenizer(data.tokenizer_name_or_path))}
+        model_flags = {
+            **model_flags,
+            "vocab_size": len(load_tokenizer(data.tokenizer_name_or_path, trust_remote_code=data.trust_remote_code)),
+        }
     base = open_base(
         train.load, model_flags, tp=context.tp_size, seed=train.seed, use_mcore_models=train.use_mcore_models
     )

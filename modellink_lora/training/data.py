@@ -204,7 +204,12 @@ def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: s
             f"--prompt-type {config.prompt_type} contradicts {config.data_path[0]}, which was made with {made_with}"
         )
     if tokenizer:
-        loaded = load_tokenizer(tokenizer, prompt_type=made_with, use_fast=config.use_fast_tokenizer)
+        loaded = load_tokenizer(
+            tokenizer,
+            prompt_type=made_with,
+            use_fast=config.use_fast_tokenizer,
+            trust_remote_code=config.trust_remote_code,
+        )
         if tokenizer_fingerprint(loaded) != record.get("tokenizer_fingerprint"):
             raise UserError(
                 f"{config.data_path[0]} was made with another tokenizer than {tokenizer}: "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.rank_files import HF_FILES
+from modellink_lora.config.errors import UserError
 from modellink_lora.config.train import TrainConfig
 from modellink_lora.data.batches import Batch
 from modellink_lora.device import Device
@@ -87,9 +88,13 @@ def _model(inputs: Inputs, train: TrainConfig, device: torch.device) -> Any:
     for spec in base.family.tensors(base.config):
         full = base.weights.read(spec.name).to(DTYPES[train.dtype])
         state.update(zip(spec.hf, spec.layout.split(full), strict=True))
-    config = AutoConfig.from_pretrained(base.root / HF_FILES)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    try:
+        config = AutoConfig.from_pretrained(base.root / HF_FILES, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    except ValueError as error:
+        raise UserError(f"{base.root / HF_FILES}: transformers has no such model of its own, to compare with "
+                        f"({' '.join(str(error).split())[:200]})") from None  # fmt: skip
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[train.dtype])
     return model.to(device).requires_grad_(False).eval()
 

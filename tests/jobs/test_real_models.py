@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modellink_lora.checkpoint.hf import COMPANIONS
+from modellink_lora.checkpoint.companions import companions
 from modellink_lora.checkpoint.rank_files import open_rank_files
 from modellink_lora.inference.request import Choice, Request
 from tests.helpers.conversion import convert, hf_tensors, random_adapter
@@ -65,7 +65,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Real:
 def in_dtype(source: Path, folder: Path, dtype: torch.dtype) -> Path:
     """A copy of a model folder with its weights in `dtype`."""
     folder.mkdir(parents=True)
-    for name in COMPANIONS:
+    for name in companions(source):
         if (source / name).is_file():
             shutil.copy(source / name, folder)
     for file in source.glob("*.safetensors"):
@@ -97,7 +97,7 @@ def goes_round(model: Real, dtype: torch.dtype, place: Path) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(
             found[name].view(torch.uint8), tensor.view(torch.uint8)
         )
-    kept = [name for name in COMPANIONS if (source / name).is_file() and name != "config.json"]
+    kept = [name for name in companions(source) if name != "config.json"]
     assert kept and all((back / name).read_bytes() == (source / name).read_bytes() for name in kept)
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (source, back)]

@@ -1,0 +1,99 @@
+"""Python files of a model's publisher run when --trust-remote-code says so, and nothing asks on the terminal."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modellink_lora.config.errors import UserError
+from modellink_lora.data.tokenizer import load_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({marker!r}).write_text("ran")
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> tuple[Path, Path]:
+    """(folder whose tokenizer is a class of its own, file that its code writes)"""
+    folder, marker = tmp_path / f"tok{tmp_path.name[-8:]}", tmp_path / "ran"
+    folder.mkdir()
+    tiny_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenization_own.py").write_text(CODE.format(marker=str(marker)))
+    return folder, marker
+
+
+def test_code_does_not_run_unasked(tokenizer: tuple[Path, Path]) -> None:
+    folder, marker = tokenizer
+    with pytest.raises(
+        UserError, match=r"is Python code of its publisher \(tokenization_own\.py\).*--trust-remote-code"
+    ):
+        load_tokenizer(folder)
+    assert not marker.exists()
+
+
+def test_code_runs_when_it_is_trusted(
+    tokenizer: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = tokenizer
+    loaded = load_tokenizer(folder, trust_remote_code=True)
+    assert marker.exists() and type(loaded).__name__ == "OwnTokenizer"
+    assert loaded("abc", add_special_tokens=False)["input_ids"] == [97, 98, 99]
+
+
+def test_yes_on_standard_input_changes_nothing(tokenizer: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, marker = tokenizer
+    (tmp_path / "d.json").write_text('[{"instruction": "q", "input": "", "output": "a"}]')
+    command = [
+        sys.executable, "preprocess_data.py", "--input", tmp_path / "d.json", "--output-prefix", tmp_path / "o",
+        "--tokenizer-name-or-path", folder, "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "empty",
+    ]  # fmt: skip
+    options = dict(cwd=ROOT, input="y\n" * 100, capture_output=True, text=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    refused = subprocess.run(command, env=environment, **options)  # type: ignore[call-overload]
+    assert refused.returncode == 1 and not marker.exists()
+    assert refused.stderr.count("\n") == 1 and "--trust-remote-code" in refused.stderr
+    trusted = subprocess.run([*command, "--trust-remote-code", "--workers", "2"], env=environment, **options)  # type: ignore[call-overload]
+    assert trusted.returncode == 0, trusted.stderr
+    assert marker.exists() and (tmp_path / "o_packed.json").exists()
+
+
+def test_a_class_that_nobody_knows_is_named(tokenizer: tuple[Path, Path]) -> None:
+    folder, _ = tokenizer
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["auto_map"]
+    settings["tokenizer_class"] = "NobodysTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded: tokenizer_class NobodysTokenizer"):
+        load_tokenizer(folder)
+
+
+def test_every_load_by_transformers_says_whether_code_is_trusted() -> None:
+    sources = sorted((ROOT / "modellink_lora").rglob("*.py"))
+    for source, node in ((s, n) for s in sources for n in ast.walk(ast.parse(s.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = ast.unparse(node.func.value)
+            if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                assert "trust_remote_code" in [keyword.arg for keyword in node.keywords], f"{source}:{node.lineno}"
