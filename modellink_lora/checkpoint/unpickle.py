@@ -110,6 +110,21 @@ def load_rank_file(path: Path) -> dict[str, Any]:
     return _dictionary(_load(path, path, mmap=True), path)
 
 
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Name -> tensor of a `.bin` or `.pt` file that holds a state_dict and nothing else.
+
+    Raises UserError when the file is damaged or contains anything else.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise a dozen types for a bad file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged, cut short or not a file of tensors alone ({reason})") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors alone")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
 def load_common_state(data: bytes, path: Path) -> dict[str, Any]:
     """The dictionary that `data`, found in `path`, holds in a list of one. Raises UserError as `load_rank_file`."""
     document = _load(io.BytesIO(data), path)
