@@ -25,7 +25,7 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.names import TARGETS
 from modellink_lora.checkpoint.peft import CONFIG, PICKLED, TENSORS
-from modellink_lora.checkpoint.peft_names import factor, factor_of, named_by, reason_against, spelled
+from modellink_lora.checkpoint.peft_names import check_patterns, factor, factor_of, named_by, reason_against, spelled
 from modellink_lora.checkpoint.projections import Part, assemble
 from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.config.document import read_document, typed
@@ -175,6 +175,7 @@ def _settings(folder: Path, flag: str) -> dict[str, Any]:
     alphas = {"lora_alpha": settings["lora_alpha"], **(settings.get("alpha_pattern") or {})}
     if odd := [f"{name} {alpha}" for name, alpha in alphas.items() if not 0 < alpha < _HIGHEST_ALPHA]:
         raise UserError(f"{path}: {odd[0]}: alpha must be a number above 0 and below {_HIGHEST_ALPHA:g}")
+    check_patterns(settings, where=str(path))
     if not 0 <= (settings.get("lora_dropout") or 0) < 1:
         raise UserError(f"{path}: lora_dropout {settings['lora_dropout']}: must be at least 0 and below 1")
     return settings
@@ -223,12 +224,11 @@ def _check_named(
 
     Experts are the exception: PEFT adapts them only where transformers keeps each as linears of its own.
     """
-    where = file.path.with_name(CONFIG)
     found = set(held)
     if settings.get("target_modules") is None:  # PEFT's default for the model's type, by which it was trained
         settings = {**settings, "target_modules": sorted({hf.rsplit(".", 1)[-1] for hf in found})}
     everything = str(settings["target_modules"]).lower() == "all-linear"
-    named = named_by(settings, [*places, *(() if everything else ends)], where=str(where))
+    named = named_by(settings, [*places, *(() if everything else ends)])
     missing = sorted(named - found)
     if not any(".experts." in hf for hf in found):
         missing = [hf for hf in missing if ".experts." not in hf]

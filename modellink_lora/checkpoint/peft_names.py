@@ -52,7 +52,8 @@ def spelled(names: Iterable[str], *, where: str) -> dict[str, str]:
         elif match := _SAVED.fullmatch(name):
             plain = f"base_model.model.{match[1]}.weight"
         else:
-            plain = "base_model.model." + _PLAIN.fullmatch(name)[1] if _PLAIN.fullmatch(name) else name  # type: ignore[index]
+            match = _PLAIN.fullmatch(name)
+            plain = f"base_model.model.{match[1]}" if match else name
         if plain in found:
             raise UserError(f"{where}: holds {found[plain]} and {name}, which are the same tensor: remove one")
         found[plain] = name
@@ -67,15 +68,29 @@ def reason_against(name: str) -> str:
     return next((f": {reason}" for mark, reason in _REASONS if mark in name), "")
 
 
-def named_by(settings: Mapping[str, Any], linears: Iterable[str], *, where: str) -> set[str]:
-    """Those of `linears` that target_modules and the options beside it adapt, by PEFT's rules.
+def check_patterns(settings: Mapping[str, Any], *, where: str) -> None:
+    """Raise UserError where a setting that PEFT takes as a regular expression is none."""
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
+        value = settings.get(key)
+        if key in ("target_modules", "exclude_modules") and not isinstance(value, str):
+            continue  # a list of these holds names
+        for pattern in [value] if isinstance(value, str) else value or ():
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise UserError(f"{where}: {key} {pattern!r} is no regular expression ({error})") from None
 
-    Raises UserError for a regular expression that is none.
-    """
-    try:
-        return {name for name in linears if _is_named(settings, name)}
-    except re.error as error:
-        raise UserError(f"{where}: a pattern is no regular expression ({error})") from None
+
+def named_by(settings: Mapping[str, Any], linears: Iterable[str]) -> set[str]:
+    """Those of `linears` that target_modules and the options beside it adapt, by PEFT's rules."""
+    return {name for name in linears if _is_named(settings, name)}
 
 
 def _is_named(settings: Mapping[str, Any], name: str) -> bool:

@@ -45,7 +45,7 @@ class Progress:
     skipped: int = 0
     not_finite: int = 0
     empty_micro_batches: int = 0  # without a trained token
-    best: dict[str, float] | None = None  # iteration and validation loss
+    best: dict[str, int | float] | None = None  # iteration and validation loss
     data: dict[str, Any] = field(default_factory=dict)  # what decides the order of samples
 
 
@@ -53,8 +53,8 @@ class Progress:
 class _Record(Progress):
     """`training.json` as it is read; files of older versions lack the newer keys."""
 
-    scheduler: dict[str, float | str | bool | None] = field(default_factory=dict)
-    loss_scale: dict[str, float] = field(default_factory=dict)
+    scheduler: dict[str, int | float | str | bool | None] = field(default_factory=dict)
+    loss_scale: dict[str, int | float] = field(default_factory=dict)
     layout: dict[str, int | bool] = field(default_factory=dict)
     crc32: dict[str, int] = field(default_factory=dict)
 
@@ -236,7 +236,11 @@ def _load_optimizer(adapter: Adapter, parts: Parts, *, steps: int) -> None:
             _check_optimizer(adapter, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
 
             def read(name: str, kind: str) -> Tensor:
-                return layouts[name].shard(file.get_tensor(f"{name}.{kind}"), context.tp_rank, context.tp_size)
+                full = file.get_tensor(f"{name}.{kind}")
+                if not torch.isfinite(full).all():
+                    raise UserError(f"{adapter.folder / OPTIMIZER}: {name}.{kind} holds nan or inf: take an earlier "
+                                    "checkpoint")  # fmt: skip
+                return layouts[name].shard(full, context.tp_rank, context.tp_size)
 
             load_state_tensors(parts.optimizer, parts.parameters, read, steps=steps)
     except SafetensorError as error:
