@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modellink_lora.checkpoint.blocks import PeftOrigin, ratios, scaled_b
-from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.checkpoint.checksums import check_document, check_file, with_checksums
+from modellink_lora.checkpoint.store import replacing_set
 from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.document import read_document, typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -30,6 +32,23 @@ from modellink_lora.models.layouts import Layout
 
 FORMAT = 1
 TENSORS, META = "adapter.safetensors", "adapter.json"
+# what belongs to one checkpoint and must not stay beside a new adapter
+_OF_A_CHECKPOINT = (TENSORS, "optimizer.safetensors", "training.json", "mp_rank_*")
+
+
+@dataclass(frozen=True)
+class _Document:
+    """`adapter.json` as it is read."""
+
+    format: int
+    lora: dict[str, Any]
+    model: dict[str, Any]
+    base_fingerprint: str | None
+    iteration: int
+    prompt_type: str | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    peft: PeftOrigin | None = None
+    crc32: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,17 +68,17 @@ class AdapterMeta:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> AdapterMeta:
-        """The inverse of `to_json`; KeyError, TypeError or ValueError for a document of another kind."""
-        values = dict(document)
-        if values.pop("format", None) != FORMAT:
-            raise ValueError(f"format is not {FORMAT}; it was written by another version of this program")
-        parts = {
-            "lora": LoraConfig(**values["lora"]),
-            "model": ModelConfig(**values["model"]),
-            "peft": PeftOrigin.from_json(values.get("peft")),
-        }
-        return cls(**{**values, **parts})
+    def from_json(cls, document: Any, *, where: str) -> AdapterMeta:
+        """The inverse of `to_json`; UserError for a document of another kind, with `where` and the key."""
+        read = typed(document, _Document, where=where, closed=True)
+        if read.format != FORMAT:
+            raise UserError(f"{where}: format {read.format} is not {FORMAT}: it was written by another version of this "
+                            "program")  # fmt: skip
+        if read.iteration < 0:
+            raise UserError(f"{where}: iteration {read.iteration} is below 0")
+        lora = typed(read.lora, LoraConfig, where=f"{where}: lora", closed=True)
+        model = typed(read.model, ModelConfig, where=f"{where}: model", closed=True)
+        return cls(lora, model, read.base_fingerprint, read.iteration, read.prompt_type, read.versions, read.peft)
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,7 @@ class Adapter:
     notes: tuple[str, ...] = ()  # what the user should know about how it was read
     reader: Callable[[str], Tensor] | None = None  # of an adapter from elsewhere; gives what `stored` gives
     replaced: frozenset[str] = frozenset()  # tensors of the base that it holds anew as a whole; `stored` gives them
+    warnings: tuple[str, ...] = ()  # what is wrong with it, although it can be read
 
     @property
     def modules(self) -> list[str]:
@@ -112,46 +132,32 @@ class Adapter:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta) -> None:
-    """Write both files into `folder`, each by rename.
+    """Write both files into `folder` together, in place of a checkpoint that is there.
 
     Args:
         tensors: as `Adapter.stored` gives them, if `meta.peft` is there; whole ones of `Adapter.replaced` too.
     """
-    with replacing_file(folder / TENSORS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    with replacing_file(folder / META) as temporary:
-        temporary.write_text(json.dumps(meta.to_json(), indent=2) + "\n")
+    with replacing_set(folder, META, instead_of=_OF_A_CHECKPOINT) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+        document = with_checksums(meta.to_json(), {TENSORS: temporary / TENSORS})
+        (temporary / META).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:
-    """The adapter in `folder`. Raises UserError when its files are missing or torn, or disagree."""
+    """The adapter in `folder`. Raises UserError when its files are missing or damaged."""
     for name in (META, TENSORS):
         if not (folder / name).is_file():
             raise UserError(f"{flag} {folder}: holds no {name}, so it is not an adapter of this program")
-    try:
-        document = json.loads((folder / META).read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / META}: not valid JSON ({error})") from None
-    try:
-        meta = AdapterMeta.from_json(document)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / META}: {_said(error)}") from None
+    document = read_document(folder / META, dict[str, Any])
+    meta = AdapterMeta.from_json(document, where=str(folder / META))
+    check_file(folder / TENSORS, check_document(document, where=folder / META))
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{folder / TENSORS}: damaged or cut short ({error})") from None
     whole = frozenset(name for name in shapes if not name.endswith((".lora_A", ".lora_B")))
-    adapter = Adapter(folder, meta, {n: s for n, s in shapes.items() if n not in whole}, replaced=whole)
-    for module in adapter.modules:
-        a, b, r = shapes[module + ".lora_A"], shapes.get(module + ".lora_B"), meta.lora.rank_of(module)
-        if b is None or a[0] != r or b[1] != r:
-            raise UserError(f"{folder / TENSORS}: {module} has lora_A {a} and lora_B {b}, {META} says rank {r}")
-    return adapter
-
-
-def _said(error: Exception) -> str:
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+    return Adapter(folder, meta, {n: s for n, s in shapes.items() if n not in whole}, replaced=whole)
 
 
 def check_flags(adapter: Adapter, given: Mapping[str, Any], *, flag: str = "--lora-load") -> None:

@@ -42,19 +42,8 @@ Blocks = Sequence[Block | None]  # one for each projection; None: PEFT does not 
 class PeftOrigin:
     """What an adapter was as a PEFT folder. It holds while nothing is trained on."""
 
-    settings: Mapping[str, Any]  # adapter_config.json
-    blocks: Mapping[str, Blocks]  # of every module
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any] | None) -> PeftOrigin | None:
-        if document is None:
-            return None
-
-        def block(values: Mapping[str, Any] | None) -> Block | None:
-            return None if values is None else Block(**{**values, "dtypes": tuple(values["dtypes"])})
-
-        blocks = {module: tuple(block(part) for part in parts) for module, parts in document["blocks"].items()}
-        return cls(document["settings"], blocks)
+    settings: dict[str, Any]  # adapter_config.json
+    blocks: dict[str, tuple[Block | None, ...]]  # of every module
 
 
 def ratios(module: str, blocks: Blocks, lora: LoraConfig) -> list[float]:

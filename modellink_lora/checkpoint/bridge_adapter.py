@@ -68,6 +68,7 @@ def open_bridge_adapter(
                         "give the base checkpoint too")  # fmt: skip
     alpha, said, notes = _alpha(folder, given, flag)
     _, iteration = args_of(source)
+    _check_layers(folder, found, config)
     if any(part is not None for factors in found.values() for part, _ in factors):
         parts = {module: _canonical(source, module, held, config, alpha) for module, held in found.items()}
         return _assembled(source, parts, found, config, alpha, iteration, notes)
@@ -109,6 +110,19 @@ def _factors(folder: Path, places: Mapping[str, Place]) -> dict[str, dict[tuple[
             if (part, other) not in factors:
                 raise UserError(f"{folder}: {module} has only one of the factors linear_in and linear_out")
     return found
+
+
+def _check_layers(folder: Path, found: Found, config: ModelConfig) -> None:
+    """That every layer of the base has the factors that any layer has."""
+    names = {spec.name for spec in family_of(config.hf_model_type).tensors(config)}
+    held = {(module, *key) for module, factors in found.items() for key in factors}
+    for module, part, letter in sorted(held, key=str):
+        for layer in range(config.num_layers):
+            other = re.sub(r"^decoder\.layers\.\d+", f"decoder.layers.{layer}", module)
+            if f"{other}.weight" in names and (other, part, letter) not in held:
+                what = f"{part}.linear_{'in' if letter == 'A' else 'out'}" if part else "factors"
+                raise UserError(f"{folder}: lacks the {what} of {other}, which {module} has: an adapter on some layers "
+                                "only is not supported")  # fmt: skip
 
 
 def _alpha(folder: Path, given: Mapping[str, Any], flag: str) -> tuple[float, int | None, tuple[str, ...]]:

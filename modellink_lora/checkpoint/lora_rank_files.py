@@ -76,8 +76,8 @@ def _own_adapter(tree: RankTree) -> Adapter:
         documents = {sidecar["adapter"] for sidecar in tree.sidecars.values()}
         kept = {key: sidecar["stored"] for key, sidecar in tree.sidecars.items()}
         (document,) = documents
-        meta = AdapterMeta.from_json(json.loads(document))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        meta = AdapterMeta.from_json(json.loads(document), where=f"{SIDECAR}.adapter")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{broken}is damaged or differs among the files ({error})") from None
     _check_layers(tree, meta.model)
     layouts = _layouts(tree, meta.model)

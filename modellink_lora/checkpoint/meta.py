@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.outfile import OutFile
-from modellink_lora.checkpoint.store import adding_files
+from modellink_lora.checkpoint.store import replacing_set
 from modellink_lora.checkpoint.torch_file import put_checksums, torch_file
 from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.config.errors import UserError
@@ -213,7 +213,7 @@ def write_meta(
     memory_of: Callable[[str], int] = lambda name: 0,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Put the files into `root`, params.json last, in place of such files that are there.
+    """Put the files into `root` together, in place of such files that are there.
 
     Args:
         blocks: (tensor, rank) -> consecutive blocks of it; asked once for every place of every tensor.
@@ -221,7 +221,7 @@ def write_meta(
         memory: bytes that workers may hold together; `memory_of` what is made of the Megatron tensor of this name.
         check: called with the folder of the files before they get their places; what it raises keeps them from that.
     """
-    with adding_files(root, PARAMS, instead_of=WEIGHTS) as temporary, contextlib.ExitStack() as stack:
+    with replacing_set(root, PARAMS, instead_of=(WEIGHTS,)) as temporary, contextlib.ExitStack() as stack:
         files: list[OutFile] = []
         for rank in range(layout.size):
             tensors = {t.name: torch.empty(t.shape, dtype=layout.dtype) for t in layout.tensors()}

@@ -18,20 +18,24 @@ from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import take_apart
-from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.checkpoint.store import replacing_set
 from modellink_lora.models.families import family_of
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def write_peft(folder: Path, adapter: Adapter, *, base_model: str | None) -> list[str]:
     """Write `adapter` into `folder`, dtype as trained; names of the tensors written."""
     tensors = dict(peft_tensors(adapter))
-    with replacing_file(folder / TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with replacing_file(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(peft_config(adapter, base_model=base_model), indent=2) + "\n", encoding="utf-8")
+    write_peft_files(folder, tensors, peft_config(adapter, base_model=base_model))
     return list(tensors)
+
+
+def write_peft_files(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Write both files of a PEFT folder together: whoever looks sees the old adapter or the new one."""
+    with replacing_set(folder, CONFIG, instead_of=(TENSORS, PICKLED)) as temporary:
+        save_file(dict(tensors), temporary / TENSORS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,14 @@ result; B is [out, R], A [R, in].
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter
-from modellink_lora.checkpoint.peft import CONFIG, TENSORS, settings_of, whole_tensors
-from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.checkpoint.peft import settings_of, whole_tensors, write_peft_files
 from modellink_lora.config.errors import UserError
 
 
@@ -37,10 +34,7 @@ def write_truncated(folder: Path, adapter: Adapter, n: int, *, base_model: str |
     if adapter.meta.peft:
         settings["modules_to_save"] = adapter.meta.peft.settings.get("modules_to_save")
         tensors |= whole_tensors(adapter)
-    with replacing_file(folder / TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with replacing_file(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_peft_files(folder, tensors, settings)
     return errors
 
 

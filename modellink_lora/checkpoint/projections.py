@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta
-from modellink_lora.checkpoint.blocks import Block, Blocks, PeftOrigin, put_together_a, put_together_b
+from modellink_lora.checkpoint.blocks import Block, PeftOrigin, put_together_a, put_together_b
 from modellink_lora.checkpoint.names import TARGETS
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
@@ -100,10 +100,10 @@ def assemble(
     lora = _lora(settings, targets, fused, bare, wide=wide or bool(folded))
     kept = None
     if keep or bare or not all(x.is_plain for x in fused.values()):
-        missing: dict[str, Blocks] = {
+        missing: dict[str, tuple[Block | None, ...]] = {
             m: (None,) * len(family_of(config.hf_model_type).tensor(f"{m}.weight", config).hf) for m in bare
         }
-        kept = PeftOrigin(settings, {**{m: x.blocks for m, x in fused.items()}, **missing})
+        kept = PeftOrigin(dict(settings), {**{m: x.blocks for m, x in fused.items()}, **missing})
     meta = AdapterMeta(lora, config, None, iteration, peft=kept)
     return Adapter(folder, meta, shapes, origin, _notes(folder, fused, bare, folded), read)
 

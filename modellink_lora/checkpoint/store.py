@@ -1,20 +1,23 @@
 """Folders of numbered checkpoints: the tracker file, `iter_NNNNNNN/`, one writer, and writing that is never half done.
 
 What a name shows is complete, at whatever moment a process or a machine dies: new things are written beside the old
-ones as `.NAME.PID.tmp`, brought to the disk, and renamed. Only a folder that replaces another of the same name has a
-moment without either; the old one, then `.NAME.PID.old`, comes back with the next writer.
+ones as `.NAME.PID.tmp`, brought to the disk, and renamed. A folder that replaces another of the same name is exchanged
+with it in one step where the system can do that. Where it cannot, there is a moment without either; the old one, then
+`.NAME.PID.old`, is put back by the next writer, who also removes what else dead writers of that name left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from modellink_lora.config.document import read_text
@@ -22,7 +25,8 @@ from modellink_lora.config.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 LOCK, CLAIM = ".lock", ".writer"
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old|set)")
+_AT_CWD, _EXCHANGE = -100, 2  # constants of renameat2(2)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -50,7 +54,9 @@ def newest(root: Path, *, flag: str) -> Path:
     """Folder of the newest checkpoint below `root`. Raises UserError when tracker and folders disagree."""
     folder = iteration_folder(root, read_tracker(root, flag=flag))
     if not folder.is_dir():
-        raise UserError(f"{root / TRACKER} names {folder.name}, which does not exist in {flag} {root}")
+        kept = next((path.name for path in root.glob(f".{folder.name}.*.old")), None)
+        hint = f"; {kept} there is what a killed writer moved away: rename it to {folder.name}" if kept else ""
+        raise UserError(f"{root / TRACKER} names {folder.name}, which does not exist in {flag} {root}{hint}")
     return folder
 
 
@@ -64,12 +70,13 @@ def write_tracker(root: Path, iteration: int | str) -> None:
 def replacing_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed onto it when the block succeeds and removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "tmp")
+    clear_dead(path)
+    temporary = beside(path, "tmp")
     try:
         yield temporary
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,57 +84,146 @@ def replacing_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block succeeds; the old one is kept until then."""
+    path = Path(os.path.realpath(path))  # of a link, what it points to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _beside(path, "tmp"), _beside(path, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear_dead(path)
+    temporary = beside(path, "tmp")
+    _remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
         for inner in (*temporary.rglob("*"), temporary):
-            _to_disk(inner)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _to_disk(path.parent)
+            to_disk(inner)
+        _take_place(temporary, path)
     finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
-def adding_files(root: Path, last: str, *, instead_of: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `root` when the block succeeds, `last` after all others.
+def replacing_set(root: Path, last: str, *, instead_of: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder whose files become files of `root` together when the block succeeds; others in `root` stay.
 
-    Readers need `last`: it goes away before the files matching `instead_of`, which the new ones replace, and comes
-    back when those are on the disk. Other files in `root` stay.
+    Where an old set is there, `root` is exchanged as a whole with a folder of the new files and links to the others.
+    A `root` that cannot be renamed gets the files one by one, `last` after all others and gone meanwhile; readers,
+    who need `last`, never see a mixture. The old set is kept until then, and the next writer puts it back.
+
+    Args:
+        last: the file without which the set is not read.
+        instead_of: patterns of the files that belong to a set, which the new ones replace.
     """
-    temporary = _beside(root / last, "tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    root = Path(os.path.realpath(root))
+    root.mkdir(parents=True, exist_ok=True)
+    clear_dead(root)
+    clear_dead(root / last)
+    old = [path for path in root.iterdir() if any(path.match(pattern) for pattern in (last, *instead_of))]
+    whole = bool(old) and _is_movable(root)
+    temporary = beside(root if whole else root / last, "tmp")
+    _remove(temporary)
+    temporary.mkdir()
     try:
         yield temporary
         for inner in temporary.iterdir():
-            _to_disk(inner)
-        (root / last).unlink(missing_ok=True)
-        for old in root.glob(instead_of):
-            old.unlink()
-        for new in temporary.iterdir():
-            if new.name != last:
-                os.replace(new, root / new.name)
-        _to_disk(root)
-        os.replace(temporary / last, root / last)
-        _to_disk(root)
+            to_disk(inner)
+        if whole:
+            new = {path.name for path in temporary.iterdir()}
+            _link([path for path in root.iterdir() if path not in old and path.name not in new], temporary)
+            shutil.copystat(root, temporary)
+            to_disk(temporary)
+            _take_place(temporary, root)
+        else:
+            _move_in(temporary, root, last, old)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
-def _beside(path: Path, kind: str) -> Path:
+def _take_place(new: Path, path: Path) -> None:
+    """Give the folder `new` the name `path`, where another folder may be."""
+    if path.exists() and _exchange(new, path):
+        to_disk(path.parent)
+        return  # `new` is the old one now
+    old = beside(path, "old")
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+        to_disk(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, as Linux can on most file systems; False where it was not done."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    return call is not None and call(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _is_movable(root: Path) -> bool:
+    """Whether the folder can be exchanged with another: no mount point, and nothing that this process stands in."""
+    here = Path(os.path.realpath(os.curdir))
+    return not os.path.ismount(root) and os.access(root.parent, os.W_OK) and root not in (here, *here.parents)
+
+
+def _move_in(new: Path, root: Path, last: str, old: Sequence[Path]) -> None:
+    """Move the files of `new` into `root` in place of `old`, `last` after all others."""
+    kept = beside(root / last, "set")
+    _remove(kept)
+    kept.mkdir()
+    try:
+        _link(old, kept)
+        to_disk(kept)
+        (root / last).unlink(missing_ok=True)
+        for path in old:
+            if path.name != last:
+                _remove(path)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, root / path.name)
+        to_disk(root)
+    finally:
+        _put_back(kept, root, last)
+
+
+def _put_back(kept: Path, root: Path, last: str) -> None:
+    """Undo a replacement of a set that did not come to its end, and remove what was kept for that."""
+    if not (root / last).exists():
+        for path in sorted(kept.iterdir(), key=lambda path: path.name == last):
+            _remove(root / path.name)
+            os.replace(path, root / path.name)
+    _remove(kept)
+
+
+def _link(paths: Iterable[Path], folder: Path) -> None:
+    """Give files and folders a second place in `folder`; copies where the file system has no links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, folder / path.name, symlinks=True, copy_function=link)
+        else:
+            link(str(path), str(folder / path.name))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's names, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -243,11 +339,34 @@ def _holder(signature: bytes) -> str:
 
 
 def _mend(root: Path) -> None:
-    """Put back, or remove, what a killed writer left. Only for the holder of the lock."""
-    leftovers = [(path, match) for path in root.iterdir() if (match := _LEFTOVER.fullmatch(path.name))]
-    for path, match in sorted(leftovers, key=lambda leftover: leftover[0].stat().st_mtime, reverse=True):
-        if match["kind"] == "old" and not (root / match["name"]).exists():
-            os.replace(path, root / match["name"])  # killed between two renames: the only complete one
+    """Put back, or remove, what killed writers left in `root`. Only for the holder of the lock."""
+    _settle([(path, match) for path in root.iterdir() if (match := LEFTOVER.fullmatch(path.name))])
+
+
+def clear_dead(path: Path) -> None:
+    """Put back, or remove, what writers of `path` left beside it whose processes have ended."""
+    beside = path.parent.glob(f".{glob.escape(path.name)}.*")
+    found = [(left, match) for left in beside if (match := LEFTOVER.fullmatch(left.name))]
+    _settle([(left, match) for left, match in found if match["name"] == path.name and not _lives(int(match["pid"]))])
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def _settle(leftovers: list[tuple[Path, re.Match[str]]]) -> None:
+    for path, match in sorted(leftovers, key=lambda leftover: leftover[0].lstat().st_mtime, reverse=True):
+        name = path.with_name(match["name"])
+        if match["kind"] == "old" and not name.exists():
+            os.replace(path, name)  # killed between two renames: the only complete one
+        elif match["kind"] == "set":
+            _put_back(path, path.parent, match["name"])
         elif path.is_dir():
             shutil.rmtree(path)
         else:

@@ -32,6 +32,10 @@ class SftDataConfig:
     pad_to_multiple_of: int = flag(
         8, "with --variable-seq-lengths: round padded lengths up to this multiple", at_least=1
     )
+    data_check: bool = flag(
+        True, "do not compare the data with their checksums, and ids and labels with each other, before training",
+        name="no-data-check", inverted=True,
+    )  # fmt: skip
     shuffle: bool = flag(True, "keep the order of the file", name="no-shuffle", inverted=True)
     full_shuffle_instruction_dataset: bool = flag(False, "shuffle across epochs instead of within each")
     prompt_type: str | None = flag(None, "template the data were made with; compared with the data's own record")

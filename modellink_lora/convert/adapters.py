@@ -7,9 +7,11 @@ from pathlib import Path
 
 from modellink_lora.checkpoint.adapter import Adapter, write_adapter
 from modellink_lora.checkpoint.gguf_adapter import FILE, plan_gguf_adapter, write_gguf_adapter
+from modellink_lora.checkpoint.hf import read_config_json
 from modellink_lora.checkpoint.lora_rank_writer import common, write_lora_rank_files
 from modellink_lora.checkpoint.peft import CONFIG, scalings, write_peft
 from modellink_lora.checkpoint.peft_truncate import write_truncated
+from modellink_lora.checkpoint.rank_tree import HF_FILES
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, write_tracker
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
@@ -28,6 +30,8 @@ def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
         raise UserError(f"{there} exists: choose another --save-dir, or replace it by --overwrite")
     for note in adapter.notes:
         say(f"note: {note}")
+    for warning in adapter.warnings:
+        say(f"warning: {warning}")
     lora = adapter.meta.lora
     ranks = sorted({lora.rank_of(module) for module in adapter.modules})
     say(
@@ -39,9 +43,12 @@ def export_adapter(convert: ConvertConfig, adapter: Adapter, say: Say) -> Path:
 
 
 def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:
-    base = convert.base_model_name_or_path
-    if base is None and convert.load_dir and convert.source == "hf":
-        base = convert.load_dir
+    base = _base_model(convert)
+    own = adapter.meta.peft.settings.get("base_model_name_or_path") if adapter.meta.peft else None
+    if base is None and (own is None or convert.svd_rank):
+        say("note: base_model_name_or_path stays null, as neither the adapter nor --load-dir tells the base's name or "
+            "folder: PEFT loads the adapter on a model that you load first; AutoPeftModel and vLLM's model listing "
+            "need it: give --base-model-name-or-path")  # fmt: skip
     if convert.svd_rank:
         if _stops(convert, say):
             return folder
@@ -64,6 +71,19 @@ def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
     names = write_peft(folder, adapter, base_model=base)
     say(f"wrote {folder}, {len(names)} tensors")
     return folder
+
+
+def _base_model(convert: ConvertConfig) -> str | None:
+    """Name or folder of the base: what the flag says, the Hugging Face folder, or what its config.json says."""
+    if convert.base_model_name_or_path or not convert.load_dir:
+        return convert.base_model_name_or_path
+    if convert.source == "hf":
+        return convert.load_dir
+    kept = Path(convert.load_dir) / HF_FILES
+    if not (kept / "config.json").is_file():
+        return None
+    name = read_config_json(kept, flag="--load-dir").get("_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
 def _gguf(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Path:

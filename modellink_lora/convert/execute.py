@@ -79,6 +79,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     _check_places(convert)
     for note in [*notes, *(adapter.notes if adapter else ())]:
         say(f"note: {note}")
+    for warning in adapter.warnings if adapter else ():
+        say(f"warning: {warning}")
     ranks: dict[str, int] = {}
     if adapter:
         ranks = adapted_ranks(

@@ -23,7 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.checkpoint.checksums import check_document, with_checksums
+from modellink_lora.checkpoint.fileset import finish_replacing, replacing_files
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 
 KEYS = ("input_ids", "attention_mask", "labels")
@@ -71,28 +73,30 @@ def writing_corpus(prefix: str, sidecar: dict[str, Any]) -> Iterator[CorpusWrite
     Args:
         sidecar: what to record about the data; read when the block ends, the counts are added here.
     """
-    with contextlib.ExitStack() as files:
-        temporary = {
-            (key, ending): files.enter_context(replacing_file(data_file(prefix, key, ending)))
-            for ending in ("idx", "bin")
-            for key in KEYS
-        }
-        record = files.enter_context(replacing_file(sidecar_file(prefix)))
+    names = {(key, ending): data_file(prefix, key, ending) for ending in ("idx", "bin") for key in KEYS}
+    record = sidecar_file(prefix)
+    with replacing_files(_commit_file(prefix), [*names.values(), record]) as temporary:
         with contextlib.ExitStack() as streams:
-            writer = CorpusWriter({key: streams.enter_context(open(temporary[key, "bin"], "wb")) for key in KEYS})
+            opened = {key: streams.enter_context(open(temporary[names[key, "bin"]], "wb")) for key in KEYS}
+            writer = CorpusWriter(opened)
             yield writer
         for key in KEYS:
-            temporary[key, "idx"].write_bytes(_index(writer.lengths))
+            temporary[names[key, "idx"]].write_bytes(_index(writer.lengths))
         counts = {
             "samples": len(writer.lengths),
             "tokens": writer.tokens,
             "trained_tokens": writer.trained_tokens,
             "max_token_id": writer.max_token_id,
         }
-        record.write_text(json.dumps({**sidecar, **counts}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        # seven renames are not one: without its .idx a half replaced set is seen to be incomplete
-        for key in KEYS:
-            data_file(prefix, key, "idx").unlink(missing_ok=True)
+        places = {f"{key}.{ending}": temporary[name] for (key, ending), name in names.items()}  # sets may be renamed
+        document = with_checksums({**sidecar, **counts}, places)
+        temporary[record].write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _commit_file(prefix: str) -> Path:
+    """The renames of a set of files that are left to do; there only while they are done, or after a kill then."""
+    record = sidecar_file(prefix)
+    return record.with_name(f".{record.stem}.commit")
 
 
 def _index(lengths: Sequence[int]) -> bytes:
@@ -128,6 +132,12 @@ class _Sequences:
         self.lengths = numpy.frombuffer(content, "<i4", count, _HEADER.size)
         self._offsets = numpy.frombuffer(content, "<i8", count, _HEADER.size + 4 * count)
         self._dtype = numpy.dtype(_DTYPES[code])
+        ends = numpy.cumsum(self.lengths, dtype="<i8") * self._dtype.itemsize
+        if count and (
+            self.lengths.min() < 0 or not numpy.array_equal(self._offsets[1:], ends[:-1]) or self._offsets[0]
+        ):
+            raise UserError(f"{index}: is damaged: its sequences do not lie one after another; copy it again or run "
+                            "preprocess_data.py again")  # fmt: skip
         needed = int((self._offsets + self.lengths * self._dtype.itemsize).max()) if count else 0
         found = tokens.stat().st_size
         if found < needed:
@@ -155,6 +165,7 @@ class InstructionCorpus:
 
     def __init__(self, prefix: str) -> None:
         """Open the files at `prefix`. Raises UserError naming a file that is missing, cut off or does not fit."""
+        finish_replacing(_commit_file(prefix))
         wanted = [data_file(prefix, key, ending) for key in KEYS for ending in ("bin", "idx")]
         missing = [file for file in wanted if not file.is_file()]
         if missing:
@@ -168,27 +179,23 @@ class InstructionCorpus:
         parts = {key: _Sequences(prefix, key) for key in KEYS}
         for key in KEYS[1:]:
             _require_same_lengths(prefix, key, parts["input_ids"].lengths, parts[key].lengths)
-        self._input_ids, self._labels = parts["input_ids"], parts["labels"]
+        self.input_ids, self.labels = parts["input_ids"], parts["labels"]
 
     def __len__(self) -> int:
-        return len(self._input_ids)
+        return len(self.input_ids)
 
     def __getitem__(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        return self._input_ids[index].astype(numpy.int64), self._labels[index].astype(numpy.int64)
+        return self.input_ids[index].astype(numpy.int64), self.labels[index].astype(numpy.int64)
 
     @property
     def lengths(self) -> numpy.ndarray:
         """Tokens of each sample."""
-        return self._input_ids.lengths
-
-    def max_token_id(self) -> int:
-        """The largest id in the data, -1 when it is empty. Read from the tokens, not from the record."""
-        return int(self._input_ids.tokens.max()) if len(self._input_ids.tokens) else -1
+        return self.input_ids.lengths
 
     def fingerprint(self) -> str:
         """Identity of the data: a hash of every length, and of ids and labels at 256 places spread over them."""
         digest = hashlib.sha256(self.lengths.tobytes())
-        for part in (self._input_ids, self._labels):
+        for part in (self.input_ids, self.labels):
             places = numpy.linspace(0, max(0, len(part.tokens) - 64), 256).astype(numpy.int64)
             for place in places:
                 digest.update(part.tokens[place : place + 64].astype("<i4").tobytes())
@@ -200,12 +207,10 @@ class InstructionCorpus:
         file = sidecar_file(self.prefix)
         if not file.is_file():
             return None
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file}: is not JSON ({error}); remove it or run preprocess_data.py again") from None
+        record = read_document(file, dict[str, Any])
+        check_document(record, where=file)
         here = (len(self), int(self.lengths.sum(dtype=numpy.int64)))
-        if not isinstance(record, dict) or (record.get("samples"), record.get("tokens")) != here:
+        if (record.get("samples"), record.get("tokens")) != here:
             return None
         return record
 
@@ -223,7 +228,7 @@ class InstructionCorpus:
 
     def _labels_repeat_the_ids(self) -> bool:
         # ends at the first sample that has an ignored label, as a rule the very first
-        return all(numpy.array_equal(self._labels[i], self._input_ids[i]) for i in range(len(self)))
+        return all(numpy.array_equal(self.labels[i], self.input_ids[i]) for i in range(len(self)))
 
 
 def _require_same_lengths(prefix: str, key: str, expected: numpy.ndarray, found: numpy.ndarray) -> None:

@@ -96,7 +96,8 @@ def load_stage(
     linears = {}
     for name, adapter in adapters.items():
         linears[name] = adapted_linears(base.family, base.config, adapter.meta.lora)
-        notes += [*adapter.notes, *check_base(adapter, base, fingerprint[0])]
+        notes += [*adapter.notes, *(f"warning: {warning}" for warning in adapter.warnings)]
+        notes += check_base(adapter, base, fingerprint[0])
         check_shapes(adapter, linears[name])
     (model,) = build_chunks(base.config, context, partition, device, dtype=dtype)
     with torch.no_grad():

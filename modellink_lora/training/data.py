@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.data.batches import Batch, collate, micro_batches
+from modellink_lora.data.check import check_corpus
 from modellink_lora.data.corpus import InstructionCorpus
 from modellink_lora.data.sft_dataset import SftDataset, sample_order, split_bounds
 from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from modellink_lora.device.limits import host, of_all_ranks
 from modellink_lora.parallel.context import ParallelContext
 
 
@@ -149,14 +152,12 @@ def open_data(
             f"--seq-length {config.seq_length} exceeds the model's {model.max_position_embeddings} positions; "
             "use a smaller one, or raise --max-position-embeddings if you mean it"
         )
-    largest = corpus.max_token_id()
-    if largest >= model.vocab_size:
-        raise UserError(
-            f"--data-path {prefix} holds token id {largest}, the model has {model.vocab_size} tokens: "
-            "preprocess with this model's own tokenizer"
-        )
     _check_origin(corpus, config, tokenizer)
     notes = [f"warning: {line}" for line in corpus.warnings()]
+    if config.data_check:
+        notes.append(f"data {_checked(corpus, model.vocab_size, context)}")
+    else:
+        notes.append("warning: --no-data-check: damaged data, and tokens that the model does not have, go unnoticed")
     batch_size = train.batch_size(context.dp_size)
     count, stages = batch_size // (train.micro_batch_size * context.dp_size), context.pp_size
     if context.config.num_layers_per_virtual_pipeline_stage and count % stages:
@@ -191,6 +192,23 @@ def open_data(
             )
         notes.append(f"no validation: {found}, fewer than one batch of {batch_size}")
     return data
+
+
+def _checked(corpus: InstructionCorpus, vocab_size: int, context: ParallelContext) -> str:
+    """Check the data by the first process of each host, while the others wait. What was done, for the summary."""
+    hosts: list[str] = of_all_ranks(dist.group.WORLD, host)
+    said: str | UserError | None = None
+    if hosts.index(hosts[context.rank]) == context.rank:
+        try:
+            said = check_corpus(corpus, vocab_size)
+        except UserError as error:
+            said = error
+    answers: list[str | UserError | None] = [None] * context.world_size
+    dist.all_gather_object(answers, said)
+    found = [answer for answer in answers if answer is not None]
+    if failed := [answer for answer in found if isinstance(answer, UserError)]:
+        raise failed[0]
+    return str(found[0])
 
 
 def _check_origin(corpus: InstructionCorpus, config: SftDataConfig, tokenizer: str | None) -> None:

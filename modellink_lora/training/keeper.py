@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from modellink_lora.checkpoint.store import iteration_folder, replacing_file, replacing_folder, write_tracker
+from modellink_lora.config.document import read_text
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.training.state import Snapshot
@@ -94,4 +96,9 @@ class Keeper:
 
 def _read_best(root: Path) -> int | None:
     file = root / BEST_TRACKER
-    return int(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    text = read_text(file).strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(f"{file} says {text!r}, expected an iteration number: correct it, or remove the file")
+    return int(text)

@@ -113,7 +113,7 @@ def set_up(
     fingerprint: list[str | None] = [base.fingerprint() if context.is_main else None]
     dist.broadcast_object_list(fingerprint, src=0)
     if adapter:
-        notes += adapter.notes
+        notes += [*adapter.notes, *(f"warning: {warning}" for warning in adapter.warnings)]
         notes += check_base(adapter, base, fingerprint[0])
         check_shapes(adapter, linears)
     chunks = build_chunks(

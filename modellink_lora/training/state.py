@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear
-from modellink_lora.checkpoint.adapter import Adapter, AdapterMeta, check_resumable, write_adapter
+from modellink_lora.checkpoint.adapter import META, Adapter, AdapterMeta, check_resumable, write_adapter
+from modellink_lora.checkpoint.checksums import check_document, check_file, with_checksums
+from modellink_lora.config.document import read_document, typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Layout, Replicated
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.training.optimizer import (
+    STATE,
     load_loss_scale_state,
     load_state_tensors,
     loss_scale_state,
@@ -41,8 +45,18 @@ class Progress:
     skipped: int = 0
     not_finite: int = 0
     empty_micro_batches: int = 0  # without a trained token
-    best: dict[str, float] | None = None  # iteration and validation loss
+    best: dict[str, int | float] | None = None  # iteration and validation loss
     data: dict[str, Any] = field(default_factory=dict)  # what decides the order of samples
+
+
+@dataclass
+class _Record(Progress):
+    """`training.json` as it is read; files of older versions lack the newer keys."""
+
+    scheduler: dict[str, int | float | str | bool | None] = field(default_factory=dict)
+    loss_scale: dict[str, int | float] = field(default_factory=dict)
+    layout: dict[str, int | bool] = field(default_factory=dict)
+    crc32: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         write_adapter(folder, self.tensors, self.meta)
         save_file(dict(self.optimizer), folder / OPTIMIZER)
-        (folder / TRAINING).write_text(json.dumps(self.training, indent=2) + "\n")
+        document = with_checksums(self.training, {OPTIMIZER: folder / OPTIMIZER})
+        (folder / TRAINING).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def gather_full(
@@ -148,9 +163,8 @@ def resume(
                 f"--lora-load {adapter.folder}: {name} is missing, so the run cannot be resumed; "
                 "give --finetune to start a new run from this adapter"
             )
-    training = json.loads((adapter.folder / TRAINING).read_text())
-    scheduler_state, scale, layout = (training.pop(key) for key in ("scheduler", "loss_scale", "layout"))
-    progress = Progress(**training)
+    record, sums = _read_record(adapter, parts)
+    progress = Progress(**{f.name: getattr(record, f.name) for f in dataclasses.fields(Progress)})
     different = [
         f"{key} {progress.data.get(key)} -> {data[key]}" for key in data if progress.data.get(key) != data[key]
     ]
@@ -160,29 +174,89 @@ def resume(
             f"({', '.join(different)}); restore these, or give --finetune to start a new run from this adapter"
         )
     told = [f"resuming at iteration {progress.iteration}, {progress.consumed_samples} samples consumed"]
-    if layout != _layout(parts.context):
-        told.append(f"saved on another layout ({layout}): the run continues, equal to rounding")
+    if record.layout != _layout(parts.context):
+        told.append(f"saved on another layout ({record.layout}): the run continues, equal to rounding")
     if not load_optimizer:
         parts.scheduler.step(progress.consumed_samples)
         return progress, [*told, "--no-load-optim: fresh optimizer moments"]
+    check_file(adapter.folder / OPTIMIZER, sums)
     _load_optimizer(adapter, parts, steps=progress.updates)
-    load_loss_scale_state(parts.optimizer, scale)
+    load_loss_scale_state(parts.optimizer, record.loss_scale)
     now = parts.scheduler.state_dict()
-    changed = [f"{k} {v} -> {now[k]}" for k, v in scheduler_state.items() if k != "num_steps" and now[k] != v]
+    changed = [f"{k} {v} -> {now[k]}" for k, v in record.scheduler.items() if k != "num_steps" and now[k] != v]
     if changed:
         told.append(f"the schedule differs from the interrupted run's: {', '.join(changed)}")
-    parts.scheduler.load_state_dict(scheduler_state)
+    parts.scheduler.load_state_dict(record.scheduler)
     return progress, told
+
+
+def _read_record(adapter: Adapter, parts: Parts) -> tuple[_Record, dict[str, int]]:
+    """`training.json`, and file name -> CRC-32 of what it describes. Raises UserError when it is not as was written."""
+    path = adapter.folder / TRAINING
+    document = read_document(path, dict[str, Any])
+    record = typed(document, _Record, where=str(path), closed=True)
+    for name in ("iteration", "consumed_samples", "updates", "skipped", "not_finite", "empty_micro_batches"):
+        if not 0 <= getattr(record, name) < 1 << 62:
+            raise UserError(f"{path}: {name} {getattr(record, name)} is no count")
+    if record.best is not None and not {"iteration", "loss"} <= record.best.keys():
+        raise UserError(f"{path}: best holds {', '.join(record.best) or 'nothing'}, expected iteration and loss")
+    for key, now in (("scheduler", parts.scheduler.state_dict()), ("loss_scale", loss_scale_state(parts.optimizer))):
+        _check_state(getattr(record, key), now, where=f"{path}: {key}", optional=key == "loss_scale")
+    if not 0 <= float(record.scheduler["num_steps"] or 0) < 1 << 62:
+        raise UserError(f"{path}: scheduler.num_steps {record.scheduler['num_steps']} is no count")
+    sums = check_document(document, where=path)
+    if record.iteration != adapter.meta.iteration:
+        raise UserError(f"{path}: is of iteration {record.iteration}, {META} beside it of {adapter.meta.iteration}: "
+                        "the files are of two checkpoints")  # fmt: skip
+    return record, sums
+
+
+def _check_state(found: Mapping[str, Any], now: Mapping[str, Any], *, where: str, optional: bool) -> None:
+    """That the state `found` has the keys and the kinds of values that this run's own state has."""
+    if optional and not (found and now):
+        return
+    for key, value in now.items():
+        if key not in found:
+            raise UserError(f"{where} lacks {key}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number != (isinstance(found[key], (int, float)) and not isinstance(found[key], bool)):
+            raise UserError(
+                f"{where}.{key} is {json.dumps(found[key])}, expected {'a number' if is_number else 'text'}"
+            )
+        if is_number and not math.isfinite(found[key]):
+            raise UserError(f"{where}.{key} is {found[key]}, expected a finite number")
+    if strange := sorted(found.keys() - now.keys()):
+        raise UserError(f"{where}: key {strange[0]!r} is not known here; known are {', '.join(now)}")
 
 
 def _load_optimizer(adapter: Adapter, parts: Parts, *, steps: int) -> None:
     context, layouts = parts.context, parts.layouts
     try:
         with safe_open(adapter.folder / OPTIMIZER, framework="pt") as file:
+            _check_optimizer(adapter, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
 
             def read(name: str, kind: str) -> Tensor:
-                return layouts[name].shard(file.get_tensor(f"{name}.{kind}"), context.tp_rank, context.tp_size)
+                full = file.get_tensor(f"{name}.{kind}")
+                if not torch.isfinite(full).all():
+                    raise UserError(f"{adapter.folder / OPTIMIZER}: {name}.{kind} holds nan or inf: take an earlier "
+                                    "checkpoint")  # fmt: skip
+                return layouts[name].shard(full, context.tp_rank, context.tp_size)
 
             load_state_tensors(parts.optimizer, parts.parameters, read, steps=steps)
     except SafetensorError as error:
         raise UserError(f"{adapter.folder / OPTIMIZER}: damaged or cut short ({error})") from None
+
+
+def _check_optimizer(adapter: Adapter, found: Mapping[str, Any]) -> None:
+    """That the file holds the state of every factor in its shape, in fp32, and nothing else."""
+    path = adapter.folder / OPTIMIZER
+    expected = {f"{name}.{kind}": tuple(shape) for name, shape in adapter.shapes.items() for kind in STATE}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UserError(f"{path}: lacks {missing[0]} and {len(missing) - 1} other of {len(expected)} tensors")
+    if foreign := sorted(found.keys() - expected.keys()):
+        raise UserError(f"{path}: holds {foreign[0]}, which is of no factor of this adapter")
+    for name, shape in expected.items():
+        stored = found[name]
+        if tuple(stored.get_shape()) != shape or stored.get_dtype() != "F32":
+            raise UserError(f"{path}: {name} is {tuple(stored.get_shape())} of {stored.get_dtype()}, expected {shape} "
+                            "of F32")  # fmt: skip

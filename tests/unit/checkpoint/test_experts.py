@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,9 +129,6 @@ def test_a_missing_expert_folder_is_named(tmp_path: Path) -> None:
 
 def test_an_adapter_beside_the_base_is_read_from_expert_folders(tmp_path: Path) -> None:
     root = experts.write(tmp_path, full_tensors(), **MODEL, ep=2)
-    a, b = torch.randn(4, HEADS * D), torch.randn(H, 4)
-    proj = "decoder.layers.1.self_attention.linear_proj"
-    inside = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2"  # as both files call their second
 
     def adapt(document: dict[str, Any], module: str, a: Tensor, b: Tensor) -> None:
         model = document["model"]
@@ -138,16 +136,19 @@ def test_an_adapter_beside_the_base_is_read_from_expert_folders(tmp_path: Path) 
         model |= {f"{module}.lora_A.default.weight": a, f"{module}.lora_B.default.weight": b}
         document["args"].lora_alpha = 8
 
-    own = {e: (torch.randn(4, F), torch.randn(H, 4)) for e in range(2)}  # of the last expert of each folder
-    for e, factors in own.items():
-        edit(root, f"*_{e:03d}", lambda d: adapt(d, proj, a, b))
-        edit(root, f"*_{e:03d}", lambda d, factors=factors: adapt(d, inside, *factors))  # type: ignore[misc]
+    names = [name for name in expected(full_tensors()) if name.endswith(("linear_proj.weight", "linear_fc2.weight"))]
+    wanted: dict[str, Tensor] = {}
+    for name in names:
+        module, (rows, columns) = name.removesuffix(".weight"), expected(full_tensors())[name].shape
+        a, b = torch.randn(4, columns), torch.randn(rows, 4)
+        wanted |= {f"{module}.lora_A": a, f"{module}.lora_B": b}
+        expert = re.search(r"local_experts\.(\d+)", module)
+        each = EXPERTS // 2  # of a folder, which counts them from 0
+        folder = f"*_{int(expert[1]) // each:03d}" if expert else "*"
+        local = re.sub(r"local_experts\.\d+", f"local_experts.{int(expert[1]) % each}", module) if expert else module
+        edit(root, folder, lambda d, local=local, a=a, b=b: adapt(d, local, a, b))  # type: ignore[misc]
     is_read(root, full_tensors())
     adapter = open_adapter(root)
     found = {name: adapter.read(name) for name in adapter.shapes}
-    expected = {f"{proj}.lora_A": a, f"{proj}.lora_B": b}
-    for number, factors in ((1, own[0]), (3, own[1])):
-        module = f"decoder.layers.0.mlp.experts.local_experts.{number}.linear_fc2"
-        expected |= {f"{module}.lora_A": factors[0], f"{module}.lora_B": factors[1]}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from modellink_lora.checkpoint import meta
+from modellink_lora.checkpoint import meta, store
 from modellink_lora.checkpoint.meta import ffn_params
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -167,21 +167,26 @@ def test_a_failure_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_half_a_replacement_has_no_params_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_is_interrupted_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hf, out = made_model(tmp_path / "hf", Dimensions(hidden=16, vocab=24)), tmp_path / "out"
     convert(hf, out, to="meta", target_tensor_parallel_size=2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     move, moved = os.replace, []
 
     def first_only(source: Path, target: Path) -> None:
-        if moved:
+        if len(moved) == 1:
+            moved.append(None)
             raise KeyboardInterrupt
         moved.append(target.name)
         move(source, target)
 
+    monkeypatch.setattr(store, "_is_movable", lambda root: False)  # such as a mount point
     monkeypatch.setattr(os, "replace", first_only)
     with pytest.raises(KeyboardInterrupt):
         convert(hf, out, to="meta", target_tensor_parallel_size=2, overwrite=True)
-    assert {path.name for path in out.iterdir()} == set(moved) and moved[0].startswith("consolidated")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("hidden, ffn, expected", [

@@ -28,7 +28,7 @@ def test_a_corpus_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         for found, expected in zip(corpus[i], (input_ids, labels)):
             assert found.dtype == numpy.int64
             assert found.tolist() == expected
-    assert corpus.max_token_id() == 70000
+    assert corpus.sidecar is not None and corpus.sidecar["max_token_id"] == 70000
     assert corpus.lengths.tolist() == [3, 1, 2]
     assert corpus.warnings() == []
 
@@ -76,6 +76,8 @@ def test_we_read_megatrons_files_with_empty_documents(tmp_path: Path) -> None:
 
 def test_the_record_says_what_was_written(tmp_path: Path) -> None:
     record = InstructionCorpus(write(tmp_path / "set")).sidecar
+    assert record is not None
+    assert record.pop("crc32").keys() == {f"{k}.{e}" for k in KEYS for e in ("bin", "idx")} | {"this document"}
     assert record == {
         "prompt_type": "llama2", "samples": 3, "tokens": 6, "trained_tokens": 3, "max_token_id": 70000,
     }  # fmt: skip
@@ -84,7 +86,9 @@ def test_the_record_says_what_was_written(tmp_path: Path) -> None:
 def test_a_record_of_other_files_is_ignored_with_a_warning(tmp_path: Path) -> None:
     prefix = write(tmp_path / "set")
     file = sidecar_file(prefix)
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokens": 7}))
+    record = json.loads(file.read_text()) | {"tokens": 7}
+    del record["crc32"]
+    file.write_text(json.dumps(record))
     corpus = InstructionCorpus(prefix)
     assert corpus.sidecar is None
     assert ["describes other data" in warning for warning in corpus.warnings()] == [True]
