@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.meta import PARAMS, WEIGHTS, MetaLayout, MetaTensor, weights_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -102,7 +103,7 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
             raise UserError(f"{path}: {different[0]} is {what}; the files must hold what convert_ckpt.py "
                             "--save-model-type meta writes of this model")  # fmt: skip
         for name, tensor in file.items():
-            if tuple(tensor.shape) != expected[name].shape or tensor.dtype != layout.dtype:
+            if tuple(tensor.shape) != expected[name].shape or tensor.dtype not in DTYPES.values():
                 raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "
                                 f"{expected[name].shape} belongs to this model in {len(files)} files")  # fmt: skip
     return MetaWeights(root, layout, files)

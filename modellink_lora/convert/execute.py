@@ -7,9 +7,10 @@ import dataclasses
 import errno
 import itertools
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from modellink_lora.checkpoint.outfile import Slot
 from modellink_lora.checkpoint.rank_tree import Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
+from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
@@ -58,8 +60,7 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     source = open_source(convert)
     notes = list(source.notes)
     if convert.params_dtype is None:
-        name = dtypes.dtype_name(source.dtype, where=str(convert.load_dir))
-        notes.append(f"the result is {name} like the weights read; --params-dtype would change that")
+        notes.append(f"the result is {_dtypes_read(source)} like the weights read; --params-dtype would change that")
     if source.files and source.files.holds_adapter:
         if convert.lora_load is None:
             convert = dataclasses.replace(convert, lora_load=convert.load_dir)
@@ -90,6 +91,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if source.inventory:
         source.inventory.check(move.spec.name for move in plan.moves)
     say(plan.table())
+    for line in _rounded(plan, source.under(adapter)):
+        say(f"warning: {line}")
     if convert.list_moves:
         say(plan.every_move())
     companions = source.companions(convert)
@@ -105,7 +108,7 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    transfer = Transfer(source.under(adapter), adapter, plan.dtype)
+    transfer = Transfer(source.under(adapter), adapter)
     save = Path(convert.save_dir)
     with writing(save, flag="--save-dir", tell=say), told_when_full(save):
         _check_free(convert, source)
@@ -224,22 +227,64 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
+    types = {
+        spec.name: (dtype,) * len(spec.hf) if convert.params_dtype else source.dtypes(spec)
+        for spec in source.family.tensors(config)
+    }
+    kept = {name: dtypes.widest(found) for name, found in types.items()}
     if convert.target == "meta":
-        meta = MetaLayout(config, tp, dtype)
+        meta = MetaLayout(config, tp, dtype, kept)
         meta.check()
         total, targets = meta.total_bytes(), meta.places()
     else:
-        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
+        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep, kept)
         total, targets = layout.total_bytes(), _rank_targets(layout)
     if convert.target == "hf":
         targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
-    return make_plan(
-        title, source.family, config, dtype=dtype, tp=tp, partition=partition, ranks=ranks,
-        targets=lambda spec: targets[spec.name],
+    plan = make_plan(
+        title, source.family, config, dtype=dtype, dtypes=lambda spec: types[spec.name], tp=tp, partition=partition,
+        ranks=ranks, targets=lambda spec: targets[spec.name],
         sources=source.inventory.keys if source.inventory else lambda name: (name,),
         dropped=source.inventory.dropped if source.inventory else {}, total_bytes=total, workers=_workers(convert),
         ep=ep,
     )  # fmt: skip
+    if convert.target == "hf":
+        plan = dataclasses.replace(plan, total_bytes=sum(slot.nbytes for slot in _hf_slots(plan)))
+    return plan
+
+
+def _dtypes_read(source: Source) -> str:
+    """`bf16`, or `bf16 (and fp32 for 5 tensors: ...)`."""
+    main = dtypes.dtype_name(source.dtype, where=source.family.name)
+    others: dict[str, list[str]] = {}
+    for spec in source.family.tensors(source.config):
+        for name, dtype in zip(spec.hf, source.dtypes(spec), strict=True):
+            if dtype != source.dtype:
+                others.setdefault(dtypes.dtype_name(dtype, where=name), []).append(name)
+    said = "; ".join(f"{dtype} for {_kinds(names)}" for dtype, names in others.items())
+    return f"{main} ({said})" if others else main
+
+
+def _rounded(plan: Plan, stored: Callable[[str], Stored]) -> Iterator[str]:
+    """What a dtype of the result cannot keep of the dtype read, merged tensors apart: the report measures these."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for move in plan.moves:
+        parts = stored(move.spec.name).parts
+        targets = move.dtypes if len(parts) == len(move.dtypes) else (move.dtype,) * len(parts)
+        for part, target in zip(parts, targets, strict=True):
+            if dtypes.loses(part.dtype, target):
+                kinds = (str(dtype).removeprefix("torch.") for dtype in (part.dtype, target))
+                names = found.setdefault(tuple(kinds), [])  # type: ignore[arg-type]
+                if move.spec.name not in names[-1:]:
+                    names.append(move.spec.name)
+    for (source, target), names in found.items():
+        yield f"rounded from {source} to {target}: {_kinds(names)}"
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """How many there are, and their names with `*` for the layer."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(kinds)})"
 
 
 def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
@@ -265,15 +310,6 @@ def _write_hf(
     key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
     config[key] = _HF_DTYPES[plan.config.params_dtype]
     folder = Path(convert.save_dir) / HF_OUTPUT
-    shapes = {
-        move.spec.name: [tuple(part.shape) for part in move.spec.layout.split(torch.empty(move.shape, device="meta"))]
-        for move in plan.moves
-    }
-    slots = [
-        Slot(name, shape, plan.dtype)
-        for move in plan.moves
-        for name, shape in zip(move.spec.hf, shapes[move.spec.name], strict=True)
-    ]
 
     def jobs(write: Write) -> list[Job]:
         def job(move: Move) -> Job:
@@ -286,10 +322,20 @@ def _write_hf(
         return [job(move) for move in plan.moves]
 
     write_hf_folder(
-        folder, slots, jobs, config=config, companions=companions, workers=_workers(convert),
+        folder, _hf_slots(plan), jobs, config=config, companions=companions, workers=_workers(convert),
         memory=_workers(convert) * max(map(job_memory, plan.moves)), check=check,
     )  # fmt: skip
     return folder
+
+
+def _hf_slots(plan: Plan) -> list[Slot]:
+    return [
+        Slot(name, tuple(part.shape), dtype)
+        for move in plan.moves
+        for name, part, dtype in zip(
+            move.spec.hf, move.spec.layout.split(torch.empty(move.shape, device="meta")), move.dtypes, strict=True
+        )
+    ]
 
 
 def _write_ranks(
@@ -300,7 +346,9 @@ def _write_ranks(
     companions: Path | None,
     check: Callable[[Path], None],
 ) -> Path:
-    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep)
+    layout = RankLayout(
+        plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep, plan.dtypes
+    )
     if not source.is_known(convert):
         config = plan.config
         if source.config.vocab_size == source.config.padded_vocab_size:  # nobody knows how many of them are tokens
