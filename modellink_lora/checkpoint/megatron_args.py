@@ -49,7 +49,10 @@ def model_config(
         if "vocab_size" in flags and not isinstance(getattr(args, "vocab_size", None), int):
             sizes = {**sizes, "vocab_size": flags["vocab_size"]}  # without it the padded rows would count as tokens
         stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
-    config = ModelConfig(**_typed({**stored, **sizes}, where))
+    try:
+        config = ModelConfig(**_typed({**stored, **sizes}, where))
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
     rest = (
         flags
         if complete
@@ -107,6 +110,8 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         kind = kinds[name]
         if kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not -(2**31) < value < 2**31 or (kind == "int" and value != int(value)):
+                raise UserError(f"{where}: args.{name} is {str(value)[:40]}, expected a value of type {kind}")
             value = int(value) if kind == "int" else float(value)
         elif not isinstance(value, {"int": int, "float": float, "bool": bool, "str": str}[kind]):
             raise UserError(f"{where}: args.{name} is {value!r}, expected a value of type {kind}")

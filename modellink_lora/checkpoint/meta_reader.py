@@ -6,18 +6,17 @@ params.json) is refused, since nobody could say what it changes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.meta import PARAMS, WEIGHTS, MetaLayout, MetaTensor, weights_file
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -121,10 +120,7 @@ def _loaded(path: Path) -> Mapping[str, Tensor]:
 
 def _check_params(root: Path, layout: MetaLayout, flag: str) -> None:
     """That Meta's code would compute with these settings what our model computes."""
-    try:
-        found: dict[str, Any] = json.loads((root / PARAMS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{root / PARAMS}: not valid JSON ({error})") from None
+    found = read_document(root / PARAMS, dict[str, bool | int | float | str | None])
     defaults = {"n_kv_heads": found.get("n_heads"), "rope_theta": 10000.0, "use_scaled_rope": False}
     wanted = {**defaults, "n_kv_heads": layout.config.num_query_groups, **layout.params()}
     for name in sorted({*found, *wanted} - _NOT_COMPUTED):

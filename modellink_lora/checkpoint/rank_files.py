@@ -209,7 +209,7 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
         raise UserError(f"{folder}: lacks {missing[0]}, so it does not hold a whole model")
     embedding, qkv, proj, fc1, fc2 = (tuple(tensors[name].shape) for name in need.values())
     heads = getattr(args, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1 or proj[1] * tp % heads:
+    if type(heads) is not int or heads < 1 or proj[1] * tp % heads:
         raise UserError(
             f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs"
         )
@@ -230,6 +230,12 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
     }
     if not isinstance(getattr(args, "vocab_size", None), int):
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
+    rows = getattr(args, "padded_vocab_size", None)
+    if rows is not None and rows != fields["padded_vocab_size"]:
+        raise UserError(
+            f"{folder}: args say padded_vocab_size {rows!r}, the embedding {list(embedding)} at TP {tp} has "
+            f"{fields['padded_vocab_size']} rows: files are mixed up, or were edited"
+        )
     said = getattr(args, "normalization", None) or fields["normalization"]
     if said != fields["normalization"]:
         bias = "has a" if said == "RMSNorm" else "lacks its"

@@ -61,6 +61,9 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     notes = list(source.notes)
     if convert.params_dtype is None:
         notes.append(f"the result is {_dtypes_read(source)} like the weights read; --params-dtype would change that")
+    padding = source.config.padded_vocab_size - source.config.vocab_size
+    if source.files and padding and convert.target != "mg":
+        notes.append(f"{padding} rows behind the {source.config.vocab_size} of the vocabulary are padding: left out")
     if source.files and source.files.holds_adapter:
         if convert.lora_load is None:
             convert = dataclasses.replace(convert, lora_load=convert.load_dir)

@@ -223,6 +223,11 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
         )
     assert source.files is not None
     if names_its_model(source.files.args):
+        if said.vocab_size != held.vocab_size:
+            raise UserError(
+                f"{folder / 'config.json'} says vocab_size {said.vocab_size}, the checkpoint {held.vocab_size}, of "
+                f"{held.padded_vocab_size} rows with padding: it belongs to another model"
+            )
         config = dataclasses.replace(held, vocab_size=said.vocab_size, hf_model_type=said.hf_model_type)
     else:  # what tensors cannot tell (positions, scales, activation) is the document's to say
         config = dataclasses.replace(
