@@ -23,7 +23,7 @@ from modellink_lora.checkpoint.filling import Job, fill
 from modellink_lora.checkpoint.outfile import OutFile, Slot
 from modellink_lora.checkpoint.store import replacing_folder
 from modellink_lora.checkpoint.stored import Stored
-from modellink_lora.checkpoint.weight_files import WeightFile, check_rivals, weight_files
+from modellink_lora.checkpoint.weight_files import WeightFile, check_rivals, index_of, weight_files
 from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
@@ -108,7 +108,7 @@ class HfFolder:
         held = {name: set(file.names()) for name, file in files.items()}
         for key, holder in weight_map.items():
             if key not in held[holder]:
-                raise UserError(f"{self.path / holder} lacks {key}, which the index says it holds")
+                raise UserError(f"{self.path / holder} lacks {key}, which {index_of(holder)} says it holds")
         return files
 
     def names(self) -> list[str]:

@@ -106,15 +106,19 @@ def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str)
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Values in the field's own type; Megatron stores some floats as ints and the other way round."""
     kinds = {field.name: str(field.type).split(" |")[0] for field in dataclasses.fields(ModelConfig)}
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(ModelConfig)}
     result = {}
     for name, value in values.items():
         kind = kinds[name]
         if kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not -(2**31) < value < 2**31 or (kind == "int" and value != int(value)):
+            limit = 2**31 if kind == "int" else 1e30
+            if not -limit < value < limit or (kind == "int" and value != int(value)):
                 raise UserError(f"{where}: args.{name} is {str(value)[:40]}, expected a value of type {kind}")
             value = int(value) if kind == "int" else float(value)
         elif not isinstance(value, {"int": int, "float": float, "bool": bool, "str": str}[kind]):
             raise UserError(f"{where}: args.{name} is {value!r}, expected a value of type {kind}")
+        if choices[name] and value not in choices[name]:
+            raise UserError(f"{where}: args.{name} is {value!r}, expected one of {', '.join(choices[name])}")
         result[name] = value
     return result
 

@@ -60,6 +60,11 @@ def weight_files(folder: Path, *, flag: str) -> tuple[list[str], Mapping[str, st
     raise UserError(f"{flag} {folder}: holds no model.safetensors or pytorch_model.bin")
 
 
+def index_of(name: str) -> str:
+    """Name of the index that lists a file of this name."""
+    return ("pytorch_model.bin" if name.endswith(".bin") else "model.safetensors") + ".index.json"
+
+
 def check_rivals(
     folder: Path,
     used: Mapping[str, WeightFile],

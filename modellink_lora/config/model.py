@@ -106,15 +106,11 @@ class ModelConfig:
             raise UserError(
                 f"--padded-vocab-size {self.padded_vocab_size} is below the vocabulary of {self.vocab_size}"
             )
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{field.name} {value!r}: choose one of {', '.join(choices)}")
-            if isinstance(value, float) and not (0 <= value < math.inf):
-                raise UserError(f"--{field.name.replace('_', '-')} {value}: give a number of at least 0")
         for problem, holds in self._contradictions().items():
             if holds:
                 raise UserError(f"no model here has that: {problem}")
+        if self.params_dtype not in DTYPES:
+            raise UserError(f"params_dtype {self.params_dtype!r}: choose one of {', '.join(DTYPES)}")
 
     def _contradictions(self) -> dict[str, bool]:
         """What models here cannot be, and whether this one is. A setting that `models` would not obey stands here."""
@@ -146,9 +142,8 @@ class ModelConfig:
                 self.num_experts > 0 and not 0 < self.moe_router_topk <= self.num_experts,
             "--moe-router-topk 1 without --moe-router-pre-softmax, where every weight would be 1":
                 self.num_experts > 0 and self.moe_router_topk == 1 and not self.moe_router_pre_softmax,
-            "a negative --dim-model-base": self.dim_model_base < 0,
-            f"--rotary-base {self.rotary_base:g} or a rope scaling factor of 0":
-                rope and min(self.rotary_base, self.rope_scaling_factor) <= 0,
+            "a negative scale or soft cap": min(self.scale_emb, self.scale_depth, self.dim_model_base,
+                self.query_pre_attn_scalar, self.attn_logit_softcapping, self.final_logit_softcapping) < 0,
         }  # fmt: skip
 
     def parameter_count(self) -> int:

@@ -115,7 +115,8 @@ def test_the_ids_that_end_an_answer_are_read_or_refused(name: str, tmp_path: Pat
         try:
             found = _generation_stops(tmp_path)
         except UserError as error:
-            assert "eos_token_id" in str(error) and name in str(error)
+            assert "eos_token_id" in str(error) or "surrogate" in str(error)
+            assert name in str(error)
             continue
         assert found == ([] if value is None else value if isinstance(value, list) else [value])
         assert all(type(token) is int for token in found)

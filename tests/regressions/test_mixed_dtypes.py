@@ -22,7 +22,7 @@ HEAD = "lm_head.weight"
 
 def mixed(folder: Path, *, family: str = "llama", experts: int = 0) -> Path:
     """A bf16 model with norms, router, the q of layer 0 in fp32, and an fp16 head."""
-    made_model(folder, Dimensions(family=family, experts=experts, hidden=16, dtype=torch.bfloat16))
+    made_model(folder, Dimensions(family=family, experts=experts, hidden=16, vocab=24, dtype=torch.bfloat16))
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(3)
     for name, tensor in tensors.items():

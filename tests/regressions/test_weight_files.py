@@ -81,7 +81,8 @@ def test_files_that_no_loader_takes_are_only_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index, words", [
     ([], "expected object"), ({}, "lacks weight_map"), ({"weight_map": {}}, "weight_map is empty"),
     ({"weight_map": ["a"]}, "weight_map: expected object"), ({"weight_map": {"a": 1}}, "expected str, got int"),
-    ({"weight_map": {"a": None}}, "expected str"), ({"weight_map": {"a": "../x.safetensors"}}, "not the name of a file"),
+    ({"weight_map": {"a": None}}, "expected str"),
+    ({"weight_map": {"a": "../x.safetensors"}}, "not the name of a file"),
     ({"weight_map": {"a": "/etc/passwd"}}, "not the name of a file"), ({"weight_map": {"a": "b\0"}}, "not the name"),
     ({"weight_map": {"a": "x" * 300}}, "not the name of a file"), ({"weight_map": {"a": ".."}}, "not the name"),
     ({"weight_map": {"a": "b.safetensors"}}, "which the folder lacks"), ({"weight_map": {"a": ""}}, "not the name"),
