@@ -7,10 +7,9 @@ import dataclasses
 import errno
 import itertools
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
 from modellink_lora.convert.transfer import Transfer
 from modellink_lora.convert.verify import verify
+from modellink_lora.models.shapes import kinds_of
 from modellink_lora.parallel.partition import Partition
 
 HF_OUTPUT, HF_OUTPUT_LINK = "mg2hg", "mg2hf"  # folder below --save-dir that scripts expect, and its other name
@@ -264,30 +264,23 @@ def _dtypes_read(source: Source) -> str:
         for name, dtype in zip(spec.hf, source.dtypes(spec), strict=True):
             if dtype != source.dtype:
                 others.setdefault(dtypes.dtype_name(dtype, where=name), []).append(name)
-    said = "; ".join(f"{dtype} for {_kinds(names)}" for dtype, names in others.items())
+    said = "; ".join(f"{dtype} for {kinds_of(names)}" for dtype, names in others.items())
     return f"{main} ({said})" if others else main
 
 
 def _rounded(plan: Plan, stored: Callable[[str], Stored]) -> Iterator[str]:
     """What a dtype of the result cannot keep of the dtype read, merged tensors apart: the report measures these."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[str, list[str]] = {}
     for move in plan.moves:
         parts = stored(move.spec.name).parts
         targets = move.dtypes if len(parts) == len(move.dtypes) else (move.dtype,) * len(parts)
         for part, target in zip(parts, targets, strict=True):
             if dtypes.loses(part.dtype, target):
-                kinds = (str(dtype).removeprefix("torch.") for dtype in (part.dtype, target))
-                names = found.setdefault(tuple(kinds), [])  # type: ignore[arg-type]
+                names = found.setdefault(f"rounded from {part.dtype} to {target}".replace("torch.", ""), [])
                 if move.spec.name not in names[-1:]:
                     names.append(move.spec.name)
-    for (source, target), names in found.items():
-        yield f"rounded from {source} to {target}: {_kinds(names)}"
-
-
-def _kinds(names: Sequence[str]) -> str:
-    """How many there are, and their names with `*` for the layer."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(kinds)})"
+    for what, names in found.items():
+        yield f"{what}: {kinds_of(names)}"
 
 
 def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
