@@ -12,6 +12,7 @@ import torch
 from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families import family_of
 from modellink_lora.parallel.partition import Partition
 
 # Set in files of this program: their args hold the whole ModelConfig. Elsewhere rope and norm settings may be mere
@@ -51,6 +52,7 @@ def model_config(
         stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
     try:
         config = ModelConfig(**_typed({**stored, **sizes}, where))
+        family_of(config.hf_model_type)
     except UserError as error:
         raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
     rest = (
@@ -99,7 +101,6 @@ def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str)
     stored.pop("params_dtype", None)
     for name in ("attention_dropout", "hidden_dropout"):
         stored.pop(name, None)  # 0.1 there is a default of Megatron's parser; Llama-like models have none
-    stored.pop("vocab_size", None) if not isinstance(stored.get("vocab_size"), int) else None
     return stored
 
 
@@ -115,7 +116,7 @@ def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
             if not -limit < value < limit or (kind == "int" and value != int(value)):
                 raise UserError(f"{where}: args.{name} is {str(value)[:40]}, expected a value of type {kind}")
             value = int(value) if kind == "int" else float(value)
-        elif not isinstance(value, {"int": int, "float": float, "bool": bool, "str": str}[kind]):
+        elif type(value) is not {"int": int, "float": float, "bool": bool, "str": str}[kind]:
             raise UserError(f"{where}: args.{name} is {value!r}, expected a value of type {kind}")
         if choices[name] and value not in choices[name]:
             raise UserError(f"{where}: args.{name} is {value!r}, expected one of {', '.join(choices[name])}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +121,7 @@ def _loaded(path: Path) -> Mapping[str, Tensor]:
 
 def _check_params(root: Path, layout: MetaLayout, flag: str) -> None:
     """That Meta's code would compute with these settings what our model computes."""
-    found = read_document(root / PARAMS, dict[str, bool | int | float | str | None])
+    found = read_document(root / PARAMS, dict[str, Any])
     defaults = {"n_kv_heads": found.get("n_heads"), "rope_theta": 10000.0, "use_scaled_rope": False}
     wanted = {**defaults, "n_kv_heads": layout.config.num_query_groups, **layout.params()}
     for name in sorted({*found, *wanted} - _NOT_COMPUTED):

@@ -228,7 +228,7 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
         **{field: where + name in tensors for field, (where, name) in _TOLD_BY.items()},
         "params_dtype": dtypes.dtype_name(tensors[EMBEDDING].dtype, where=str(folder)),
     }
-    if not isinstance(getattr(args, "vocab_size", None), int):
+    if getattr(args, "vocab_size", None) is None:
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
     rows = getattr(args, "padded_vocab_size", None)
     if rows is not None and rows != fields["padded_vocab_size"]:
@@ -236,8 +236,8 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
             f"{folder}: args say padded_vocab_size {rows!r}, the embedding {list(embedding)} at TP {tp} has "
             f"{fields['padded_vocab_size']} rows: files are mixed up, or were edited"
         )
-    said = getattr(args, "normalization", None) or fields["normalization"]
-    if said != fields["normalization"]:
+    said = getattr(args, "normalization", None)
+    if said not in (None, fields["normalization"]):
         bias = "has a" if said == "RMSNorm" else "lacks its"
         raise UserError(
             f"{folder}: args say normalization {said}, but {_LAYER}input_layernorm {bias} bias: files are mixed up"
@@ -249,11 +249,11 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
 
 def _measure_experts(args: argparse.Namespace, tree: RankTree, *, width: int) -> dict[str, Any]:
     """Sizes of the MLPs; `width` is that of one expert, or of the MLP where there are none."""
-    tensors, said = tree.base[0, 0], getattr(args, "num_experts", None) or 0
+    tensors, said = tree.base[0, 0], getattr(args, "num_experts", None)
     router, shared = (tensors.get(f"{_LAYER}mlp.{name}.weight") for name in ("router", "shared_experts.linear_fc2"))
     experts = router.shape[0] if router is not None else 0
-    if said != experts:
-        raise UserError(f"{tree.folder}: args say num_experts {said}, {_LAYER}mlp.router has {experts} rows")
+    if (0 if said is None else said) != experts:
+        raise UserError(f"{tree.folder}: args say num_experts {said!r}, {_LAYER}mlp.router has {experts} rows")
     if not experts:
         sizes: dict[str, Any] = {"ffn_hidden_size": width, "moe_ffn_hidden_size": 0}
     else:
