@@ -104,6 +104,10 @@ class RankFiles:
         spec, shards = self._find(name)
         return Stored(shards, spec.layout, spec.layout.gather)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that holds what every shard of this tensor has."""
+        return dtypes.widest(shard.dtype for shard in self._find(name)[1])
+
     def copies(self, name: str, rank: int) -> Iterator[Tensor]:
         """What expert-parallel ranks above 0 hold in the place of the shard `rank` of `name`."""
         for (held_by, _, _), tensors in self._tree.copies.items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from modellink_lora.checkpoint import dtypes
+from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
 from modellink_lora.checkpoint.meta import MetaLayout
@@ -23,7 +24,6 @@ from modellink_lora.checkpoint.outfile import Slot
 from modellink_lora.checkpoint.rank_tree import Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.rank_writer import RankLayout, write_rank_files
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
-from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
@@ -94,7 +94,7 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if source.inventory:
         source.inventory.check(move.spec.name for move in plan.moves)
     say(plan.table())
-    for line in _rounded(plan, source.under(adapter)):
+    for line in _rounded(plan, source, adapter):
         say(f"warning: {line}")
     if convert.list_moves:
         say(plan.every_move())
@@ -268,17 +268,17 @@ def _dtypes_read(source: Source) -> str:
     return f"{main} ({said})" if others else main
 
 
-def _rounded(plan: Plan, stored: Callable[[str], Stored]) -> Iterator[str]:
+def _rounded(plan: Plan, source: Source, adapter: Adapter | None) -> Iterator[str]:
     """What a dtype of the result cannot keep of the dtype read, merged tensors apart: the report measures these."""
     found: dict[str, list[str]] = {}
     for move in plan.moves:
-        parts = stored(move.spec.name).parts
-        targets = move.dtypes if len(parts) == len(move.dtypes) else (move.dtype,) * len(parts)
-        for part, target in zip(parts, targets, strict=True):
-            if dtypes.loses(part.dtype, target):
-                names = found.setdefault(f"rounded from {part.dtype} to {target}".replace("torch.", ""), [])
-                if move.spec.name not in names[-1:]:
-                    names.append(move.spec.name)
+        read = source.dtypes(move.spec)
+        if adapter and move.spec.name in adapter.replaced:
+            read = (adapter.stored(move.spec.name).dtype,) * len(read)
+        for before, after in dict.fromkeys(zip(read, move.dtypes, strict=True)):
+            if dtypes.loses(before, after):
+                what = f"rounded from {before} to {after}".replace("torch.", "")
+                found.setdefault(what, []).append(move.spec.name)
     for what, names in found.items():
         yield f"{what}: {kinds_of(names)}"
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from modellink_lora.adapters.targets import resolve_targets
-from modellink_lora.checkpoint import dtypes
 from modellink_lora.checkpoint.adapter import Adapter, base_fingerprint, check_flags
 from modellink_lora.checkpoint.adapter_kinds import open_adapter
 from modellink_lora.checkpoint.hf import HfModel, read_config_json
@@ -78,10 +77,10 @@ class Source:
 
     def dtypes(self, spec: TensorSpec) -> tuple[torch.dtype, ...]:
         """Of each Hugging Face tensor that a tensor is made of; the same for all where the source has them as one."""
+        if self.files is not None:
+            return (self.files.dtype_of(spec.name),) * len(spec.hf)
         found = tuple(part.dtype for part in self.stored(spec.name).parts)
-        if self.files is None and len(found) == len(spec.hf):
-            return found
-        return (dtypes.widest(found),) * len(spec.hf)
+        return found[: len(spec.hf)]  # with --resize-vocab the made-up rows are a part as well
 
     def under(self, adapter: Adapter | None) -> Callable[[str], Stored]:
         """`stored` with the tensors that `adapter` replaces as a whole."""

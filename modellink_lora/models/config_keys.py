@@ -91,7 +91,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "names and versions": (
         "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "auto_map",
         "custom_pipelines", "tokenizer_class", "processor_class", "unsloth_version", "unsloth_fixed", "license",
-        "model_name", "chat_format",
+        "model_name", "chat_format", "_from_model_config",
     ),
     "ids of special tokens, which the tokenizer has as well": (
         "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
@@ -112,7 +112,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "losses and dropout of training, of which those that act are flags here": (
         "router_aux_loss_coef", "output_router_logits", "z_loss_weight", "resid_pdrop", "classifier_dropout",
-        "gradient_checkpointing", "loss_type", "use_reentrant",
+        "gradient_checkpointing", "loss_type", "use_reentrant", "neftune_noise_alpha",
     ),
     "what is returned, and to classifiers only": (
         "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
