@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +104,21 @@ def test_one_quantized_tensor_among_others_is_refused_by_name(tmp_path: Path) ->
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=rf"{name}: weights of dtype torch.float8_e4m3fn are not supported"):
         convert(source, tmp_path / "out", to="hf")
+
+
+def test_what_training_and_inference_round_is_told_for_their_summary(tmp_path: Path) -> None:
+    from modellink_lora.models.build import fill, rounding_notes
+
+    convert(mixed(tmp_path / "hf"), tmp_path / "mg", to="mg", use_mcore_models=True)
+    files = open_rank_files(tmp_path / "mg")
+    names = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
+    parameters = {name: torch.empty_like(files.read(name), dtype=torch.bfloat16) for name in names}
+    model: Any = SimpleNamespace(model_config=files.config, named_parameters=parameters.items)
+    context: Any = SimpleNamespace(pp_rank=0, tp_rank=0, tp_size=1)
+    rounded = fill(model, files, files.family, context, files.partition)
+    assert rounded == {names[1]: torch.float32, names[2]: torch.float16}
+    assert rounding_notes(rounded, "bf16") == [
+        "rounded from float32 to bf16 on the first stage: 1 tensor (decoder.final_layernorm.weight)",
+        "rounded from float16 to bf16 on the first stage: 1 tensor (output_layer.weight)",
+    ]
+    assert torch.equal(parameters[names[1]], files.read(names[1]).bfloat16())
