@@ -223,11 +223,15 @@ class HfModel:
         if isinstance(spec.layout, Vocab):
             parts = self._with_rows(spec.hf[0], parts[0])
             join = functools.partial(_joined, spec.layout)
-        try:
-            shape = tuple(join([part.to("meta") for part in parts]).shape)
-        except RuntimeError:
-            shape = ()
-        if shape != (expected := full_shape(name, self.config)):
+        found = [tuple(part.shape) for part in parts]
+        if len(parts) > len(spec.hf):  # rows that were made up lie behind the others
+            found = [(self.config.vocab_size, *found[0][1:])]
+        expected = full_shape(name, self.config)
+        try:  # each part for itself: gate and up of wrong sizes may have the right sum
+            fits = found == [tuple(part.shape) for part in spec.layout.split(torch.empty(expected, device="meta"))]
+        except RuntimeError:  # a size beyond any memory
+            fits = False
+        if not fits:
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(spec.hf, parts, strict=False))
             raise UserError(
                 f"{self.folder.path}: {shapes} do not make the {expected} that config.json implies for {name}"

@@ -123,3 +123,17 @@ def test_diff_sees_rows_that_only_one_model_has(tmp_path: Path) -> None:
     assert any("embedding.word_embeddings.weight: shape [131, " in line for line in lines)
     with pytest.raises(UserError, match=r"has 131 rows and config.json says vocab_size 128"):
         diff(tmp_path / "a", tmp_path / "b", DiffConfig(), say=lines.append)
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "both"])
+def test_other_parts_that_only_add_up_to_the_right_rows_are_refused(name: str, tmp_path: Path) -> None:
+    """Gate and up become one tensor: two rows that moved from one to the other do not show in its shape."""
+    tensors = load_file(made_model(tmp_path / "hf", SIZE) / "model.safetensors")
+    gate, up = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    if name in ("gate", "both"):
+        tensors[gate] = tensors[gate][:10].clone()
+    if name in ("up", "both"):
+        tensors[up] = torch.cat([tensors[up], tensors[up][:2]])
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"mlp.gate_proj.weight \(1[02], 8\), .*do not make the \(24, 8\)"):
+        convert(tmp_path / "hf", tmp_path / "out", to="hf")
