@@ -22,8 +22,8 @@ FOLDER_LAYERS = {
 }  # fmt: skip  # halves: two rooms of one layer, of which one stands on the other
 PURE = {
     "data/templates", "data/prompt", "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family",
-    "models/shapes", "models/families", "parallel/partition", "checkpoint/names", "checkpoint/store",
-    "checkpoint/checksums", "checkpoint/fileset",
+    "models/shapes", "models/config_keys", "models/families", "parallel/partition", "checkpoint/names",
+    "checkpoint/store", "checkpoint/checksums", "checkpoint/fileset",
 }  # fmt: skip
 PATCH_PLACE = "device/redirect.py"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,16 @@ def dtype_name(dtype: torch.dtype, *, where: str) -> str:
         if dtype == known:
             return name
     raise UserError(f"{where}: weights of dtype {dtype} are not supported; supported are float32, bfloat16, float16")
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds every value of all of them."""
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def loses(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether values of `source` are rounded in `target`."""
+    return torch.promote_types(source, target) != target
 
 
 def convert(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,10 +24,13 @@ from modellink_lora.checkpoint.outfile import OutFile, Slot
 from modellink_lora.checkpoint.store import replacing_folder
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.checkpoint.unpickle import load_tensors
+from modellink_lora.checkpoint.weight_files import WeightFile, check_rivals, index_of, weight_files
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of, with_model_type
 from modellink_lora.models.family import Family
+from modellink_lora.models.layouts import Layout, Vocab
 from modellink_lora.models.shapes import full_shape
 
 INDEX = "model.safetensors.index.json"
@@ -34,11 +39,6 @@ _DERIVED = re.compile(r"(^|\.)rotary_(pos_)?emb\.inv_freq$|\.masked_bias$")  # b
 
 
 Write = Callable[[str, Iterable[Tensor]], int]  # (name, consecutive blocks of its rows) -> bytes written
-
-
-class _File(Protocol):
-    def names(self) -> list[str]: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 class _Safetensors:
@@ -66,6 +66,10 @@ class _Bin:
         return self._tensors[name]
 
 
+def _opened(path: Path) -> WeightFile:
+    return _Bin(path) if path.suffix == ".bin" else _Safetensors(path)
+
+
 class HfFolder:
     """The config and the tensors of one Hugging Face model folder; tensors are read one at a time."""
 
@@ -75,7 +79,7 @@ class HfFolder:
             raise UserError(f"{flag} {path}: no such folder")
         self.config = read_config_json(self.path, flag=flag)
         self._files = self._open_files(flag)
-        self._where: dict[str, _File] = {}
+        self._where: dict[str, WeightFile] = {}
         self.dropped: dict[str, str] = {}  # what is there and not used -> why
         for title, file in self._files.items():
             held = {name: file for name in file.names() if not _DERIVED.search(name)}
@@ -85,25 +89,18 @@ class HfFolder:
             derived = (name for name in file.names() if _DERIVED.search(name))
             self.dropped |= dict.fromkeys(derived, "a buffer that follows from the settings")
         others = {path.name for pattern in _WEIGHTS for path in self.path.glob(pattern)} - self._files.keys()
+        check_rivals(self.path, self._where, sorted(others), opener=_opened, derived=_DERIVED)
         reason = f"the weights are read from {_some(sorted(self._files))}"
         self.dropped |= dict.fromkeys(sorted(others), reason)
 
-    def _open_files(self, flag: str) -> dict[str, _File]:
-        for single, reader in (("model.safetensors", _Safetensors), ("pytorch_model.bin", _Bin)):
-            index = self.path / f"{single}.index.json"
-            if index.is_file():
-                weight_map = _read_json(index).get("weight_map", {})
-                names = sorted(set(weight_map.values()))
-                if missing := [name for name in names if not (self.path / name).is_file()]:
-                    raise UserError(f"{index} names {', '.join(missing)}, which the folder lacks: download it again")
-                files: dict[str, _File] = {name: reader(self.path / name) for name in names}
-                for name, held in {name: set(file.names()) for name, file in files.items()}.items():
-                    if lost := [key for key, holder in weight_map.items() if holder == name and key not in held]:
-                        raise UserError(f"{self.path / name} lacks {lost[0]}, which {index.name} says it holds")
-                return files
-            if (self.path / single).is_file():
-                return {single: reader(self.path / single)}
-        raise UserError(f"{flag} {self.path}: holds no model.safetensors or pytorch_model.bin")
+    def _open_files(self, flag: str) -> dict[str, WeightFile]:
+        names, weight_map = weight_files(self.path, flag=flag)
+        files = {name: _opened(self.path / name) for name in names}
+        held = {name: set(file.names()) for name, file in files.items()}
+        for key, holder in weight_map.items():
+            if key not in held[holder]:
+                raise UserError(f"{self.path / holder} lacks {key}, which {index_of(holder)} says it holds")
+        return files
 
     def names(self) -> list[str]:
         """Names of the stored tensors, without buffers that follow from the config."""
@@ -124,7 +121,7 @@ class HfFolder:
 class _Renamed:
     """A file of which one tensor is known by another name."""
 
-    file: _File
+    file: WeightFile
     stored: str
 
     def names(self) -> list[str]:
@@ -140,20 +137,33 @@ class HfModel:
     Opening it checks that every tensor of the family is there and that nothing is left over.
     """
 
-    def __init__(self, path: Path, *, flag: str = "--load-dir") -> None:
+    def __init__(self, path: Path, *, flag: str = "--load-dir", resize_vocab: bool = False) -> None:
+        """Open the folder `path`, given by `flag`.
+
+        Args:
+            resize_vocab: embedding and head get the rows that config.json says: those above are cut off, new ones are
+                the mean of the others.
+        """
+        self._resize_vocab = resize_vocab
+        self.resized: dict[str, tuple[int, int]] = {}  # tensor -> rows before and after
         self.folder = HfFolder(path, flag=flag)
         self.family: Family = family_of(str(self.folder.config.get("model_type")))
-        config = self.family.read_config(self.folder.config)
+        config = self.family.read_config(self.folder.config, where=str(self.folder.path / "config.json"))
         self.folder.complete(
             self.family.optional_prefix, (part for spec in self.family.tensors(config) for part in spec.hf)
         )
         self._check_names(config)
-        dtype = self.folder.read(next(self.family.tensors(config)).hf[0]).dtype
-        self.config = dataclasses.replace(config, params_dtype=dtype_name(dtype, where=str(self.folder.path)))
+        self.config = config
+        for spec in self.family.tensors(config):
+            for part, tensor in zip(spec.hf, self.stored(spec.name).parts, strict=False):
+                dtype_name(tensor.dtype, where=f"{self.folder.path}: {part}")
+        self.config = dataclasses.replace(config, params_dtype=dtype_name(self.dtype, where=str(self.folder.path)))
 
     def _check_names(self, config: ModelConfig) -> None:
-        expected = {part for spec in self.family.tensors(config) for part in spec.hf}
         present = set(self.folder.names())
+        # a config.json may ask for any number of tensors: those above what is there are not listed
+        specs = itertools.islice(self.family.tensors(config), len(present) + 3)
+        expected = {part for spec in specs for part in spec.hf}
         head = next(row.hf for row in self.family.rows if row.name == "output_layer.weight")
         if not config.untie_embeddings_and_output_weights and head in present:
             present.remove(head)
@@ -200,23 +210,51 @@ class HfModel:
         """What `read` puts together, each part where it lies."""
         spec = self.family.tensor(name, self.config)
         parts = [self.folder.read(part) for part in spec.hf]
-        try:
-            shape = tuple(spec.layout.fuse([part.to("meta") for part in parts]).shape)
-        except RuntimeError:
-            shape = ()
-        if shape != (expected := full_shape(name, self.config)):
-            shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(spec.hf, parts, strict=True))
+        join = spec.layout.fuse
+        if isinstance(spec.layout, Vocab):
+            parts = self._with_rows(spec.hf[0], parts[0])
+            join = functools.partial(_joined, spec.layout)
+        found = [tuple(part.shape) for part in parts]
+        if len(parts) > len(spec.hf):  # rows that were made up lie behind the others
+            found = [(self.config.vocab_size, *found[0][1:])]
+        expected = full_shape(name, self.config)
+        try:  # each part for itself: gate and up of wrong sizes may have the right sum
+            fits = found == [tuple(part.shape) for part in spec.layout.split(torch.empty(expected, device="meta"))]
+        except RuntimeError:  # a size beyond any memory
+            fits = False
+        if not fits:
+            shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in zip(spec.hf, parts, strict=False))
             raise UserError(
                 f"{self.folder.path}: {shapes} do not make the {expected} that config.json implies for {name}"
             )
-        return Stored(parts, spec.layout, spec.layout.fuse)
+        return Stored(parts, spec.layout, join)
+
+    def _with_rows(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """`tensor` with as many rows as config.json says tokens, in one part, or two where rows are made up."""
+        rows = self.config.vocab_size
+        if tensor.dim() != 2 or len(tensor) == rows:
+            return [tensor]
+        if not self._resize_vocab:
+            raise UserError(
+                f"{self.folder.path}: {name} {tuple(tensor.shape)} has {len(tensor)} rows and config.json says "
+                f"vocab_size {rows}: correct vocab_size, or let convert_ckpt.py --resize-vocab cut or add rows"
+            )
+        self.resized[name] = len(tensor), rows
+        if rows < len(tensor):
+            return [tensor[:rows]]
+        mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
+        return [tensor, mean.expand(rows - len(tensor), -1)]
+
+
+def _joined(layout: Layout, parts: Sequence[Tensor]) -> Tensor:
+    return layout.fuse([torch.cat(list(parts))] if len(parts) > 1 else parts)
 
 
 def read_config_json(folder: Path, *, flag: str) -> dict[str, Any]:
     """config.json of a model folder. Raises UserError when it is missing or not JSON."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag} {folder}: holds no config.json, so it is not a Hugging Face model folder")
-    return with_model_type(_read_json(folder / "config.json"))
+    return with_model_type(read_document(folder / "config.json", dict[str, Any]), where=str(folder / "config.json"))
 
 
 def write_hf_folder(
@@ -296,16 +334,6 @@ def safetensors_file(path: Path, slots: Sequence[Slot]) -> OutFile:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return document
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

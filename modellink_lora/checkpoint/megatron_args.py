@@ -12,6 +12,7 @@ import torch
 from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.families import family_of
 from modellink_lora.parallel.partition import Partition
 
 # Set in files of this program: their args hold the whole ModelConfig. Elsewhere rope and norm settings may be mere
@@ -49,7 +50,11 @@ def model_config(
         if "vocab_size" in flags and not isinstance(getattr(args, "vocab_size", None), int):
             sizes = {**sizes, "vocab_size": flags["vocab_size"]}  # without it the padded rows would count as tokens
         stored |= {name: value for name, value in flags.items() if name in _UNRELIABLE and name not in sizes}
-    config = ModelConfig(**_typed({**stored, **sizes}, where))
+    try:
+        config = ModelConfig(**_typed({**stored, **sizes}, where))
+        family_of(config.hf_model_type)
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
     rest = (
         flags
         if complete
@@ -96,20 +101,25 @@ def _from_megatron(args: argparse.Namespace, stored: dict[str, Any], where: str)
     stored.pop("params_dtype", None)
     for name in ("attention_dropout", "hidden_dropout"):
         stored.pop(name, None)  # 0.1 there is a default of Megatron's parser; Llama-like models have none
-    stored.pop("vocab_size", None) if not isinstance(stored.get("vocab_size"), int) else None
     return stored
 
 
 def _typed(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Values in the field's own type; Megatron stores some floats as ints and the other way round."""
     kinds = {field.name: str(field.type).split(" |")[0] for field in dataclasses.fields(ModelConfig)}
+    choices = {field.name: field.metadata["choices"] for field in dataclasses.fields(ModelConfig)}
     result = {}
     for name, value in values.items():
         kind = kinds[name]
         if kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit = 2**31 if kind == "int" else 1e30
+            if not -limit < value < limit or (kind == "int" and value != int(value)):
+                raise UserError(f"{where}: args.{name} is {str(value)[:40]}, expected a value of type {kind}")
             value = int(value) if kind == "int" else float(value)
-        elif not isinstance(value, {"int": int, "float": float, "bool": bool, "str": str}[kind]):
+        elif type(value) is not {"int": int, "float": float, "bool": bool, "str": str}[kind]:
             raise UserError(f"{where}: args.{name} is {value!r}, expected a value of type {kind}")
+        if choices[name] and value not in choices[name]:
+            raise UserError(f"{where}: args.{name} is {value!r}, expected one of {', '.join(choices[name])}")
         result[name] = value
     return result
 

@@ -23,6 +23,7 @@ from modellink_lora.checkpoint.rank_tree import RankTree
 from modellink_lora.checkpoint.store import TRACKER, newest
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.checkpoint.torch_dist import COMMON, TorchDist, is_torch_dist, open_torch_dist
+from modellink_lora.config.document import read_text
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
 
@@ -174,9 +175,9 @@ def run_settings(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        document = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML ({(str(error) or 'damaged').splitlines()[0]})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping")
     return document

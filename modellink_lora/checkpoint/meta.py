@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ class MetaLayout:
     config: ModelConfig  # without padding of the vocabulary
     size: int  # m
     dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of Megatron tensors by name, else `dtype`
+
+    def dtype_of(self, tensor: MetaTensor) -> torch.dtype:
+        return self.dtypes.get(tensor.source, self.dtype)
 
     @property
     def is_llama_3(self) -> bool:
@@ -177,7 +181,7 @@ class MetaLayout:
         }
 
     def total_bytes(self) -> int:
-        return self.size * self.dtype.itemsize * sum(torch.Size(tensor.shape).numel() for tensor in self.tensors())
+        return self.size * sum(torch.Size(t.shape).numel() * self.dtype_of(t).itemsize for t in self.tensors())
 
 
 def ffn_params(config: ModelConfig) -> Mapping[str, Any]:
@@ -224,7 +228,7 @@ def write_meta(
     with replacing_set(root, PARAMS, instead_of=(WEIGHTS,)) as temporary, contextlib.ExitStack() as stack:
         files: list[OutFile] = []
         for rank in range(layout.size):
-            tensors = {t.name: torch.empty(t.shape, dtype=layout.dtype) for t in layout.tensors()}
+            tensors = {t.name: torch.empty(t.shape, dtype=layout.dtype_of(t)) for t in layout.tensors()}
             file = torch_file(temporary / weights_file(rank), tensors, list(tensors.items()))
             files.append(stack.enter_context(file))
 

@@ -6,7 +6,6 @@ params.json) is refused, since nobody could say what it changes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.meta import PARAMS, WEIGHTS, MetaLayout, MetaTensor, weights_file
 from modellink_lora.checkpoint.unpickle import load_tensors
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -105,7 +106,7 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
             raise UserError(f"{path}: {different[0]} is {what}; the files must hold what convert_ckpt.py "
                             "--save-model-type meta writes of this model")  # fmt: skip
         for name, tensor in file.items():
-            if tuple(tensor.shape) != expected[name].shape or tensor.dtype != layout.dtype:
+            if tuple(tensor.shape) != expected[name].shape or tensor.dtype not in DTYPES.values():
                 raise UserError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "
                                 f"{expected[name].shape} belongs to this model in {len(files)} files")  # fmt: skip
     return MetaWeights(root, layout, files)
@@ -113,10 +114,7 @@ def open_meta(root: Path, config: ModelConfig, *, flag: str) -> MetaWeights:
 
 def _check_params(root: Path, layout: MetaLayout, flag: str) -> None:
     """That Meta's code would compute with these settings what our model computes."""
-    try:
-        found: dict[str, Any] = json.loads((root / PARAMS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{root / PARAMS}: not valid JSON ({error})") from None
+    found = read_document(root / PARAMS, dict[str, Any])
     defaults = {"n_kv_heads": found.get("n_heads"), "rope_theta": 10000.0, "use_scaled_rope": False}
     wanted = {**defaults, "n_kv_heads": layout.config.num_query_groups, **layout.params()}
     for name in sorted({*found, *wanted} - _NOT_COMPUTED):

@@ -104,6 +104,10 @@ class RankFiles:
         spec, shards = self._find(name)
         return Stored(shards, spec.layout, spec.layout.gather)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that holds what every shard of this tensor has."""
+        return dtypes.widest(shard.dtype for shard in self._find(name)[1])
+
     def copies(self, name: str, rank: int) -> Iterator[Tensor]:
         """What expert-parallel ranks above 0 hold in the place of the shard `rank` of `name`."""
         for (held_by, _, _), tensors in self._tree.copies.items():
@@ -209,7 +213,7 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
         raise UserError(f"{folder}: lacks {missing[0]}, so it does not hold a whole model")
     embedding, qkv, proj, fc1, fc2 = (tuple(tensors[name].shape) for name in need.values())
     heads = getattr(args, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1 or proj[1] * tp % heads:
+    if type(heads) is not int or heads < 1 or proj[1] * tp % heads:
         raise UserError(
             f"{folder}: args.num_attention_heads {heads!r} does not divide the {proj[1] * tp} attention outputs"
         )
@@ -228,10 +232,16 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
         **{field: where + name in tensors for field, (where, name) in _TOLD_BY.items()},
         "params_dtype": dtypes.dtype_name(tensors[EMBEDDING].dtype, where=str(folder)),
     }
-    if not isinstance(getattr(args, "vocab_size", None), int):
+    if getattr(args, "vocab_size", None) is None:
         fields["vocab_size"] = fields["padded_vocab_size"]  # ModelLink's training args leave it out
-    said = getattr(args, "normalization", None) or fields["normalization"]
-    if said != fields["normalization"]:
+    rows = getattr(args, "padded_vocab_size", None)
+    if rows is not None and rows != fields["padded_vocab_size"]:
+        raise UserError(
+            f"{folder}: args say padded_vocab_size {rows!r}, the embedding {list(embedding)} at TP {tp} has "
+            f"{fields['padded_vocab_size']} rows: files are mixed up, or were edited"
+        )
+    said = getattr(args, "normalization", None)
+    if said not in (None, fields["normalization"]):
         bias = "has a" if said == "RMSNorm" else "lacks its"
         raise UserError(
             f"{folder}: args say normalization {said}, but {_LAYER}input_layernorm {bias} bias: files are mixed up"
@@ -243,11 +253,11 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
 
 def _measure_experts(args: argparse.Namespace, tree: RankTree, *, width: int) -> dict[str, Any]:
     """Sizes of the MLPs; `width` is that of one expert, or of the MLP where there are none."""
-    tensors, said = tree.base[0, 0], getattr(args, "num_experts", None) or 0
+    tensors, said = tree.base[0, 0], getattr(args, "num_experts", None)
     router, shared = (tensors.get(f"{_LAYER}mlp.{name}.weight") for name in ("router", "shared_experts.linear_fc2"))
     experts = router.shape[0] if router is not None else 0
-    if said != experts:
-        raise UserError(f"{tree.folder}: args say num_experts {said}, {_LAYER}mlp.router has {experts} rows")
+    if (0 if said is None else said) != experts:
+        raise UserError(f"{tree.folder}: args say num_experts {said!r}, {_LAYER}mlp.router has {experts} rows")
     if not experts:
         sizes: dict[str, Any] = {"ffn_hidden_size": width, "moe_ffn_hidden_size": 0}
     else:

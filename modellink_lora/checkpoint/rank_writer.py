@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RankLayout:
     spelling: Spelling
     dtype: torch.dtype
     ep: int = 1
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of tensors by global name, else `dtype`
     complete: bool = True  # whether every setting in `config` is known, or some may be defaults of another program
 
     @property
@@ -70,11 +71,15 @@ class RankLayout:
         """Expert-parallel ranks that hold the tensor of this global name."""
         return holders(name, self.config.num_experts, self.ep)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.dtypes.get(name, self.dtype)
+
     def total_bytes(self) -> int:
         per_rank = sum(
-            torch.Size(self.shard_shape(spec)).numel() * len(self.holders(name)) for spec, name, *_ in self.places()
+            torch.Size(self.shard_shape(spec)).numel() * len(self.holders(name)) * self.dtype_of(spec.name).itemsize
+            for spec, name, *_ in self.places()
         )
-        return per_rank * self.tp * self.dtype.itemsize
+        return per_rank * self.tp
 
 
 def write_rank_files(
@@ -142,7 +147,7 @@ def whole_shards(layout: RankLayout, read: Callable[[str], Tensor]) -> Blocks:
 
     def shards(name: str, rank: int, size: int) -> Iterator[Tensor]:
         shard = family.tensor(name, layout.config).layout.shard(read(name), rank, size)
-        yield dtypes.convert(shard, layout.dtype, name=name)
+        yield dtypes.convert(shard, layout.dtype_of(name), name=name)
 
     return shards
 
@@ -161,7 +166,7 @@ def _lay_out(path: Path, layout: RankLayout, rank: int, stage: int, expert: int,
     for spec, name, held_by, chunk in layout.places():
         if held_by != stage or expert not in layout.holders(name):
             continue
-        tensor = torch.empty(layout.shard_shape(spec, rank), dtype=layout.dtype)
+        tensor = torch.empty(layout.shard_shape(spec, rank), dtype=layout.dtype_of(spec.name))
         names[id(tensor)] = name
         first = expert * (layout.config.num_experts // layout.ep)
         local = renumbered(layout.partition.to_local(name, stage, chunk), -first)

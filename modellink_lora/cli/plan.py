@@ -108,7 +108,9 @@ def open_model(name: str) -> tuple[Any, str, str]:
         target = f"{folder.name}-megatron"
         command = ["python", "convert_ckpt.py", "--load-model-type", "hf", "--save-model-type", "mg", "--load-dir",
                    str(folder), "--save-dir", target]  # fmt: skip
-        return family_of(str(config.get("model_type"))).read_config(config), target, f"before: {shlex.join(command)}"
+        where = str(folder / "config.json")
+        model = family_of(str(config.get("model_type"))).read_config(config, where=where)
+        return model, target, f"before: {shlex.join(command)}"
     from modellink_lora.checkpoint.megatron_dist import open_megatron
 
     return open_megatron(folder, flag="--model").config, name, ""

@@ -71,6 +71,11 @@ class ConvertConfig:
         "pad the vocabulary to a multiple of this times TP; default 1, or as it is where that still divides",
         at_least=1,
     )
+    resize_vocab: bool = flag(
+        False,
+        "from hf: give embedding and output layer as many rows as config.json's vocab_size says; rows above it are cut "
+        "off, new ones are the mean of the others",
+    )
     use_mcore_models: bool = flag(False, "write megatron-core names, and read them unless --load-from-legacy")
     load_from_legacy: bool = flag(False, "--load-dir holds legacy names")
     save_to_legacy: bool = flag(False, "write legacy names")
@@ -182,6 +187,7 @@ class ConvertConfig:
             "make_vocab_size_divisible_by": (self.target == "mg", "only the vocabulary of a Megatron result is padded"),
             "base_model_name_or_path": (self.target == "peft", "only adapter_config.json of PEFT names the base"),
             "params_dtype": (not self.exports_adapter, "an adapter keeps the dtypes it has"),
+            "resize_vocab": (self.source == "hf" and not self.exports_adapter, "only a Hugging Face model is resized"),
             "verify": (not self.exports_adapter, "only models are read again after writing"),
             "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
             "merge_report": (self.merges, "no adapter is merged"),

@@ -68,6 +68,8 @@ def typed(value: Any, kind: type[T], *, where: str, closed: bool = False) -> T:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         raise UserError(f"{where}: {_explained(str(error))}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character") from None
 
 
 def _explained(message: str) -> str:

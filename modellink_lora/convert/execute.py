@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from modellink_lora.checkpoint import dtypes
+from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.filling import Job, Tick, ticking
 from modellink_lora.checkpoint.hf import Write, read_config_json, write_hf_folder
 from modellink_lora.checkpoint.meta import MetaLayout
@@ -32,6 +33,7 @@ from modellink_lora.convert.report import MergeReport
 from modellink_lora.convert.sources import Source, check_base, open_merge, open_source
 from modellink_lora.convert.transfer import Transfer
 from modellink_lora.convert.verify import verify
+from modellink_lora.models.shapes import kinds_of
 from modellink_lora.parallel.partition import Partition
 
 HF_OUTPUT, HF_OUTPUT_LINK = "mg2hg", "mg2hf"  # folder below --save-dir that scripts expect, and its other name
@@ -58,8 +60,10 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     source = open_source(convert)
     notes = list(source.notes)
     if convert.params_dtype is None:
-        name = dtypes.dtype_name(source.dtype, where=str(convert.load_dir))
-        notes.append(f"the result is {name} like the weights read; --params-dtype would change that")
+        notes.append(f"the result is {_dtypes_read(source)} like the weights read; --params-dtype would change that")
+    padding = source.config.padded_vocab_size - source.config.vocab_size
+    if source.files and padding and convert.target != "mg":
+        notes.append(f"{padding} rows behind the {source.config.vocab_size} of the vocabulary are padding: left out")
     if source.files and source.files.holds_adapter:
         if convert.lora_load is None:
             convert = dataclasses.replace(convert, lora_load=convert.load_dir)
@@ -92,6 +96,8 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if source.inventory:
         source.inventory.check(move.spec.name for move in plan.moves)
     say(plan.table())
+    for line in _rounded(plan, source, adapter):
+        say(f"warning: {line}")
     if convert.list_moves:
         say(plan.every_move())
     companions = source.companions(convert)
@@ -107,7 +113,7 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
-    transfer = Transfer(source.under(adapter), adapter, plan.dtype)
+    transfer = Transfer(source.under(adapter), adapter)
     save = Path(convert.save_dir)
     with writing(save, flag="--save-dir", tell=say), told_when_full(save):
         _check_free(convert, source)
@@ -226,22 +232,57 @@ def _plan(convert: ConvertConfig, source: Source, ranks: Mapping[str, int]) -> P
     dtype = dtypes.DTYPES[convert.params_dtype] if convert.params_dtype else source.dtype
     config = dataclasses.replace(config, params_dtype=dtypes.dtype_name(dtype, where="--params-dtype"))
     title = f"{source.family.hf_model_types[0]} model: {convert.load_dir} -> {where}"
+    types = {
+        spec.name: (dtype,) * len(spec.hf) if convert.params_dtype else source.dtypes(spec)
+        for spec in source.family.tensors(config)
+    }
+    kept = {name: dtypes.widest(found) for name, found in types.items()}
     if convert.target == "meta":
-        meta = MetaLayout(config, tp, dtype)
+        meta = MetaLayout(config, tp, dtype, kept)
         meta.check()
         total, targets = meta.total_bytes(), meta.places()
     else:
-        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep)
+        layout = RankLayout(config, tp, partition, _spelling(convert, source), dtype, ep, kept)
         total, targets = layout.total_bytes(), _rank_targets(layout)
     if convert.target == "hf":
         targets = {spec.name: spec.hf for spec in source.family.tensors(config)}
-    return make_plan(
-        title, source.family, config, dtype=dtype, tp=tp, partition=partition, ranks=ranks,
-        targets=lambda spec: targets[spec.name],
+    plan = make_plan(
+        title, source.family, config, dtype=dtype, dtypes=lambda spec: types[spec.name], tp=tp, partition=partition,
+        ranks=ranks, targets=lambda spec: targets[spec.name],
         sources=source.inventory.keys if source.inventory else lambda name: (name,),
         dropped=source.inventory.dropped if source.inventory else {}, total_bytes=total, workers=_workers(convert),
         ep=ep,
     )  # fmt: skip
+    if convert.target == "hf":
+        plan = dataclasses.replace(plan, total_bytes=sum(slot.nbytes for slot in _hf_slots(plan)))
+    return plan
+
+
+def _dtypes_read(source: Source) -> str:
+    """`bf16`, or `bf16 (and fp32 for 5 tensors: ...)`."""
+    main = dtypes.dtype_name(source.dtype, where=source.family.name)
+    others: dict[str, list[str]] = {}
+    for spec in source.family.tensors(source.config):
+        for name, dtype in zip(spec.hf, source.dtypes(spec), strict=True):
+            if dtype != source.dtype:
+                others.setdefault(dtypes.dtype_name(dtype, where=name), []).append(name)
+    said = "; ".join(f"{dtype} for {kinds_of(names)}" for dtype, names in others.items())
+    return f"{main} ({said})" if others else main
+
+
+def _rounded(plan: Plan, source: Source, adapter: Adapter | None) -> Iterator[str]:
+    """What a dtype of the result cannot keep of the dtype read, merged tensors apart: the report measures these."""
+    found: dict[str, list[str]] = {}
+    for move in plan.moves:
+        read = source.dtypes(move.spec)
+        if adapter and move.spec.name in adapter.replaced:
+            read = (adapter.stored(move.spec.name).dtype,) * len(read)
+        for before, after in dict.fromkeys(zip(read, move.dtypes, strict=True)):
+            if dtypes.loses(before, after):
+                what = f"rounded from {before} to {after}".replace("torch.", "")
+                found.setdefault(what, []).append(move.spec.name)
+    for what, names in found.items():
+        yield f"{what}: {kinds_of(names)}"
 
 
 def _rank_targets(layout: RankLayout) -> dict[str, tuple[str, ...]]:
@@ -267,15 +308,6 @@ def _write_hf(
     key = "torch_dtype" if "torch_dtype" in config or "dtype" not in config else "dtype"
     config[key] = _HF_DTYPES[plan.config.params_dtype]
     folder = Path(convert.save_dir) / HF_OUTPUT
-    shapes = {
-        move.spec.name: [tuple(part.shape) for part in move.spec.layout.split(torch.empty(move.shape, device="meta"))]
-        for move in plan.moves
-    }
-    slots = [
-        Slot(name, shape, plan.dtype)
-        for move in plan.moves
-        for name, shape in zip(move.spec.hf, shapes[move.spec.name], strict=True)
-    ]
 
     def jobs(write: Write) -> list[Job]:
         def job(move: Move) -> Job:
@@ -288,10 +320,20 @@ def _write_hf(
         return [job(move) for move in plan.moves]
 
     write_hf_folder(
-        folder, slots, jobs, config=config, companions=companions, workers=_workers(convert),
+        folder, _hf_slots(plan), jobs, config=config, companions=companions, workers=_workers(convert),
         memory=_workers(convert) * max(map(job_memory, plan.moves)), check=check,
     )  # fmt: skip
     return folder
+
+
+def _hf_slots(plan: Plan) -> list[Slot]:
+    return [
+        Slot(name, tuple(part.shape), dtype)
+        for move in plan.moves
+        for name, part, dtype in zip(
+            move.spec.hf, move.spec.layout.split(torch.empty(move.shape, device="meta")), move.dtypes, strict=True
+        )
+    ]
 
 
 def _write_ranks(
@@ -302,7 +344,9 @@ def _write_ranks(
     companions: Path | None,
     check: Callable[[Path], None],
 ) -> Path:
-    layout = RankLayout(plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep)
+    layout = RankLayout(
+        plan.config, plan.tp, plan.partition, _spelling(convert, source), plan.dtype, plan.ep, plan.dtypes
+    )
     if not source.is_known(convert):
         config = plan.config
         if source.config.vocab_size == source.config.padded_vocab_size:  # nobody knows how many of them are tokens

@@ -13,7 +13,7 @@ from modellink_lora.convert.transfer import Transfer
 
 
 def meta_layout(plan: Plan) -> MetaLayout:
-    return MetaLayout(plan.config, plan.tp, plan.dtype)
+    return MetaLayout(plan.config, plan.tp, plan.dtype, plan.dtypes)
 
 
 def meta_blocks(transfer: Transfer, plan: Plan, tensor: MetaTensor, rank: int) -> Iterator[Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from modellink_lora.checkpoint.dtypes import widest
 from modellink_lora.checkpoint.experts import check_expert_parallel
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
@@ -28,8 +30,14 @@ class Move:
     spec: TensorSpec
     shape: tuple[int, ...]  # of the result, on one process
     rank: int | None  # LoRA rank of the adapter merged into it
+    dtypes: tuple[torch.dtype, ...]  # of each Hugging Face tensor it becomes
     sources: tuple[str, ...] = ()  # stored tensors it is made of
     targets: tuple[str, ...] = ()  # where it is written
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor as one, which holds every value of its parts."""
+        return widest(self.dtypes)
 
     @property
     def module(self) -> str:
@@ -42,7 +50,7 @@ class Plan:
 
     title: str
     config: ModelConfig  # of the result
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the embedding; other tensors have their own
     tp: int
     partition: Partition
     moves: tuple[Move, ...]
@@ -58,6 +66,11 @@ class Plan:
     @functools.cached_property
     def _by_name(self) -> dict[str, Move]:
         return {move.spec.name: move for move in self.moves}
+
+    @functools.cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Global name -> dtype of each tensor."""
+        return {move.spec.name: move.dtype for move in self.moves}
 
     def table(self) -> str:
         """One line per kind of tensor, for people."""
@@ -76,9 +89,9 @@ class Plan:
             "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {self.dtype}".replace(
-            "torch.", ""
-        )
+        kept = Counter(str(dtype).removeprefix("torch.") for dtype in self.dtypes.values())
+        types = ", ".join(kept if len(kept) == 1 else (f"{name} of {count}" for name, count in kept.most_common()))
+        total = f"  {len(self.moves)} tensors, {self.config.parameter_count():,} parameters, {types}"
         layout = f"TP {self.tp}, layers per stage {self.partition.describe()}" + f", EP {self.ep}" * (self.ep > 1)
         lines = [self.title, *body, f"{total}, {layout}"]
         lines += [f"  not used: {what} ({reason})" for what, reason in self._dropped_kinds().items()]
@@ -88,7 +101,7 @@ class Plan:
         """One line per tensor in the order of writing, for people who want to know exactly."""
         lines = []
         for number, move in enumerate(self.moves, 1):
-            bytes_ = torch.Size(move.shape).numel() * self.dtype.itemsize
+            bytes_ = torch.Size(move.shape).numel() * move.dtype.itemsize
             merged = f", + rank {move.rank}" if move.rank else ""
             what = f"{list(move.shape)} {size(bytes_)}, {type(move.spec.layout).__name__}{merged}"
             lines.append(f"  {number:4}  {move.spec.name}  {what}")
@@ -118,6 +131,7 @@ def make_plan(
     config: ModelConfig,
     *,
     dtype: torch.dtype,
+    dtypes: Callable[[TensorSpec], tuple[torch.dtype, ...]],
     tp: int,
     partition: Partition,
     ranks: Mapping[str, int],
@@ -132,6 +146,7 @@ def make_plan(
 
     Args:
         ranks: adapted module -> LoRA rank, from `adapted_ranks`.
+        dtype: of the embedding; `dtypes` of each Hugging Face tensor that a tensor becomes.
         targets, sources: names of the tensors that each one is written to and made of.
         dropped: things of the source that are not used -> why.
     """
@@ -140,12 +155,13 @@ def make_plan(
             spec,
             full_shape(spec.name, config),
             ranks.get(spec.name.removesuffix(".weight")),
+            dtypes(spec),
             sources(spec.name),
             targets(spec),
         )
         for spec in family.tensors(config)
     )
-    largest = max(torch.Size(move.shape).numel() for move in moves) * dtype.itemsize
+    largest = max(torch.Size(move.shape).numel() * move.dtype.itemsize for move in moves)
     # with an adapter its base's identity is compared, for which one tensor at a time is put together
     memory = workers * (max(map(job_memory, moves))) + (largest if ranks else 0)
     return Plan(title, config, dtype, tp, partition, moves, total_bytes, memory, dropped or {}, ep)

@@ -25,7 +25,7 @@ from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import FAMILIES, check_name, family_of, has_its_tensors
-from modellink_lora.models.family import Family
+from modellink_lora.models.family import Family, TensorSpec
 
 
 class Files(Protocol):
@@ -75,6 +75,13 @@ class Source:
             return self.parts(name)
         return Stored([self.read(name)], self.family.tensor(name, self.config).layout, lambda parts: parts[0])
 
+    def dtypes(self, spec: TensorSpec) -> tuple[torch.dtype, ...]:
+        """Of each Hugging Face tensor that a tensor is made of; the same for all where the source has them as one."""
+        if self.files is not None:
+            return (self.files.dtype_of(spec.name),) * len(spec.hf)
+        found = tuple(part.dtype for part in self.stored(spec.name).parts)
+        return found[: len(spec.hf)]  # with --resize-vocab the made-up rows are a part as well
+
     def under(self, adapter: Adapter | None) -> Callable[[str], Stored]:
         """`stored` with the tensors that `adapter` replaces as a whole."""
         if adapter is None or not adapter.replaced:
@@ -105,11 +112,18 @@ def open_source(convert: ConvertConfig) -> Source:
     assert convert.load_dir is not None
     path = Path(convert.load_dir)
     if convert.source == "hf":
-        model = HfModel(path)
+        model = HfModel(path, resize_vocab=convert.resize_vocab)
         if convert.model_type_hf:
             check_name(convert.model_type_hf, model.family, where=f"{path / 'config.json'}")
         source = Source(
-            model.config, model.family, model.dtype, model.read, None, (), model.stored, Inventory.of(model)
+            model.config,
+            model.family,
+            model.dtype,
+            model.read,
+            None,
+            _resized(model),
+            model.stored,
+            Inventory.of(model),
         )
     else:
         files = open_megatron(path, flag="--load-dir")
@@ -138,6 +152,15 @@ def open_source(convert: ConvertConfig) -> Source:
                 "without it: remove the flag"
             )
     return source
+
+
+def _resized(model: HfModel) -> tuple[str, ...]:
+    """What --resize-vocab did to the rows."""
+    said = {True: "the last {} are cut off", False: "{} are added, each the mean of those that were there"}
+    return tuple(
+        f"{name} had {before} rows and gets {after}: {said[before > after].format(abs(before - after))}"
+        for name, (before, after) in model.resized.items()
+    )
 
 
 def _check_interleaving(convert: ConvertConfig, source: Source) -> None:
@@ -178,7 +201,7 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
         return source
     document = read_config_json(folder, flag="--save-dir")
     family = family_of(str(document.get("model_type")))
-    said, held = family.read_config(document), source.config
+    said, held = family.read_config(document, where=str(folder / "config.json")), source.config
     mlp = ["num_experts", "ffn_hidden_size"]
     if held.num_experts:  # the width of an MLP without experts is of no tensor then
         mlp[1:] = ["moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate"]
@@ -199,6 +222,11 @@ def _with_model_files(source: Source, folder: Path | None) -> Source:
         )
     assert source.files is not None
     if names_its_model(source.files.args):
+        if said.vocab_size != held.vocab_size:
+            raise UserError(
+                f"{folder / 'config.json'} says vocab_size {said.vocab_size}, the checkpoint {held.vocab_size}, of "
+                f"{held.padded_vocab_size} rows with padding: it belongs to another model"
+            )
         config = dataclasses.replace(held, vocab_size=said.vocab_size, hf_model_type=said.hf_model_type)
     else:  # what tensors cannot tell (positions, scales, activation) is the document's to say
         config = dataclasses.replace(

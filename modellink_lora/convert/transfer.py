@@ -23,34 +23,40 @@ _HERE = threading.local()  # each thread's workspace of merging
 
 @dataclass
 class Transfer:
-    """The tensors of the result, merged, padded and in its dtype, made from a source's parts."""
+    """The tensors of the result, merged, padded and in their dtypes, made from a source's parts."""
 
     stored: Callable[[str], Stored]
     adapter: Adapter | None
-    dtype: torch.dtype
     changes: dict[str, Change] = field(default_factory=dict)  # of each merged weight
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def part(self, move: Move, number: int) -> Iterator[Tensor]:
         """Blocks of the Hugging Face tensor `move.spec.hf[number]`."""
         layout = move.spec.layout
-        return self.blocks(move, lambda full: layout.split(full)[number])
+        return self.blocks(move, lambda full: layout.split(full)[number], move.dtypes[number])
 
     def shard(self, move: Move, rank: int, size: int) -> Iterator[Tensor]:
         """Blocks of one shard; shards are merged on their own, which gives the same bits and does no work twice."""
         layout = move.spec.layout
         return self.blocks(move, lambda full: layout.shard(full, rank, size))
 
-    def blocks(self, move: Move, pick: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-        """Blocks of what `pick` takes from the full tensor: any rows, or columns where the layout cuts these."""
+    def blocks(
+        self, move: Move, pick: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> Iterator[Tensor]:
+        """Blocks of what `pick` takes from the full tensor: any rows, or columns where the layout cuts these.
+
+        Args:
+            dtype: of the blocks; default that of the whole move.
+        """
+        dtype = dtype or move.dtype
         stored = self.stored(move.spec.name)
         dimensions = stored.parts[0].dim()
         sizes = [part.shape[cut_dimension(move.spec.layout, dimensions)] for part in stored.parts]
         runs = runs_of(sizes, dimensions, join=stored.join, layout=move.spec.layout, pick=pick)
         if move.rank is None or self.adapter is None:
-            blocks = self._copied(move, stored.parts, runs)
+            blocks = self._copied(move, stored.parts, runs, dtype)
         else:
-            blocks = self._merged(move, stored.parts, runs, self.adapter)
+            blocks = self._merged(move, stored.parts, runs, self.adapter, dtype)
         for block in blocks:
             if not _is_finite(block):
                 raise UserError(
@@ -59,8 +65,8 @@ class Transfer:
                 )
             yield block
 
-    def _copied(self, move: Move, parts: Sequence[Tensor], runs: Runs) -> Iterator[Tensor]:
-        same = all(part.dtype == self.dtype for part in parts)
+    def _copied(self, move: Move, parts: Sequence[Tensor], runs: Runs, dtype: torch.dtype) -> Iterator[Tensor]:
+        same = all(parts[run.part].dtype == dtype for run in runs.runs)
         if runs.dim == 0 and same:  # straight from the source's pages
             for run in runs.runs:
                 for rows in _pieces(run.length, _row_bytes(parts[run.part])):
@@ -68,9 +74,11 @@ class Transfer:
             return
         for first, count in _row_blocks(parts, runs):
             block = _gather(parts, runs, first, count)
-            yield dtypes.convert(block, self.dtype, name=move.spec.name)
+            yield dtypes.convert(block, dtype, name=move.spec.name)
 
-    def _merged(self, move: Move, parts: Sequence[Tensor], runs: Runs, adapter: Adapter) -> Iterator[Tensor]:
+    def _merged(
+        self, move: Move, parts: Sequence[Tensor], runs: Runs, adapter: Adapter, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
         module = move.module
         lora_A, lora_B = adapter.read(f"{module}.lora_A"), adapter.read(f"{module}.lora_B")
         if runs.dim == 1:
@@ -84,7 +92,7 @@ class Transfer:
             _HERE.workspace = Workspace()
         for first, count in _row_blocks(parts, runs):
             weight = _gather(parts, runs, first, count)
-            result = torch.empty(weight.shape, dtype=self.dtype)
+            result = torch.empty(weight.shape, dtype=dtype)
             try:
                 change.add(
                     merge_into(result, weight, factors, outputs[first : first + count], workspace=_HERE.workspace)

@@ -29,7 +29,7 @@ def verify(folder: Path, plan: Plan, transfer: Transfer, *, spelling: Spelling) 
     _forget(folder)
     count, total = 0, hashlib.sha256()
     # a merged tensor made a second time must not be counted twice in the report
-    again = Transfer(transfer.stored, transfer.adapter, transfer.dtype)
+    again = Transfer(transfer.stored, transfer.adapter)
     for name, found, expected in _pairs(folder, plan, again, spelling):
         if (digest := _digest([found])) != _digest(expected):
             raise UserError(f"{folder}: {name} read back differs from what was written: disk or memory is faulty")
@@ -51,7 +51,7 @@ def _pairs(
                 yield name, written.read(name), transfer.part(move, number)
         return
     if (folder / PARAMS).is_file():
-        layout = MetaLayout(plan.config, plan.tp, plan.dtype)
+        layout = MetaLayout(plan.config, plan.tp, plan.dtype, plan.dtypes)
         for tensor, rank, found in read_meta(folder, layout):
             yield f"{tensor.name} of {weights_file(rank)}", found, meta_blocks(transfer, plan, tensor, rank)
         return

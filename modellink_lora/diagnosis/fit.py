@@ -247,7 +247,8 @@ def _stand_in(load: str, tokenizer: str | None) -> tuple[ModelConfig, str]:
     """Dimensions of a checkpoint that is not there yet: config.json beside the tokenizer, or a model its name tells."""
     if tokenizer and (Path(tokenizer) / "config.json").is_file():
         config = read_config_json(Path(tokenizer), flag="--tokenizer-name-or-path")
-        return family_of(str(config.get("model_type"))).read_config(config), f"from {tokenizer}/config.json"
+        where = f"{tokenizer}/config.json"
+        return family_of(str(config.get("model_type"))).read_config(config, where=where), f"from {where}"
     for name in PRESETS:
         if name in load.lower().replace("llama2", "llama-2").replace("llama3", "llama-3"):
             return preset(name), f"as {name}, which --load's name suggests"

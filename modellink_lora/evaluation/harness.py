@@ -6,7 +6,7 @@ Text becomes tokens, and what is too long loses its beginning, by the rules of l
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.harness import MODEL
 from modellink_lora.inference.request import BASE, Choice, Request, Sampling, default_choice
@@ -203,11 +204,21 @@ def choice_of(served: Served, adapter: str | None) -> Choice:
 
 def _generation_defaults(folder: Path) -> Mapping[str, Any]:
     """What generation_config.json beside the tokenizer says of shaping; transformers obeys it, so that scores do."""
-    try:
-        document = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    path = folder / "generation_config.json"
+    if not path.is_file():
         return {}
-    return {name: document[name] for name in _SHAPING if document.get(name) is not None and name != "temperature"}
+    found = dataclasses.asdict(read_document(path, _Shaping))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shaping:
+    """Of `_SHAPING` what is taken from the file; a temperature is the task's affair."""
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 @contextmanager

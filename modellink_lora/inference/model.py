@@ -23,7 +23,7 @@ from modellink_lora.convert.sources import Source, open_source
 from modellink_lora.device import Device
 from modellink_lora.inference.request import TUNED
 from modellink_lora.inference.stage import Stage
-from modellink_lora.models.build import DTYPES, build_chunks, fill
+from modellink_lora.models.build import DTYPES, build_chunks, fill, rounding_notes
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.training.base import Base, open_base
 from modellink_lora.training.setup import check_base, check_shapes, choose_lora, partition_of
@@ -101,7 +101,7 @@ def load_stage(
         check_shapes(adapter, linears[name])
     (model,) = build_chunks(base.config, context, partition, device, dtype=dtype)
     with torch.no_grad():
-        fill(model, base.weights, base.family, context, partition)
+        notes += rounding_notes(fill(model, base.weights, base.family, context, partition), dtype)
     layers = [f"decoder.layers.{number}" for number in partition.layers(context.pp_rank, 0)]
     stage = Stage(model, layers, context, device)
     for name, adapter in adapters.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import get_template
@@ -89,11 +89,16 @@ def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
     return Conversation(tuple(Message(role, m["content"]) for role, m in zip(roles, rest)), system[0] if system else "")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stops:
+    eos_token_id: int | list[int] | None = None
+
+
 def _generation_stops(folder: Path) -> list[int]:
     """Ids that end an answer by the files beside the tokenizer; like transformers, the first that says so is asked."""
     for name in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        if (folder / name).is_file():
+            ids = read_document(folder / name, _Stops).eos_token_id
             if ids is not None:
-                return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
+                return ids if isinstance(ids, list) else [ids]
     return []

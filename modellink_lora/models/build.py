@@ -21,7 +21,7 @@ from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Vocab
 from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.rope import inverse_frequencies
-from modellink_lora.models.shapes import full_shape
+from modellink_lora.models.shapes import full_shape, kinds_of
 from modellink_lora.models.spec import Router, activation_spec, block_spec, local_parts, norm_spec
 from modellink_lora.models.te_spec import te_parts
 from modellink_lora.parallel.context import ParallelContext
@@ -239,9 +239,13 @@ def capped(logits: Tensor, config: ModelConfig) -> Tensor:
 
 def fill(
     model: GPT, weights: Weights, family: Family, context: ParallelContext, partition: Partition, chunk: int = 0
-) -> None:
-    """Copy this rank's shards into every parameter of a chunk. The vocabulary is padded anew for this layout."""
-    config = model.model_config
+) -> dict[str, torch.dtype]:
+    """Copy this rank's shards into every parameter of a chunk. The vocabulary is padded anew for this layout.
+
+    Returns:
+        Tensors whose values the parameter's dtype cannot keep -> their dtype in the checkpoint.
+    """
+    config, rounded = model.model_config, {}
     for local, parameter in model.named_parameters():
         name = from_module(partition.to_global(local, context.pp_rank, chunk))
         if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
@@ -252,8 +256,20 @@ def fill(
         else:
             shard = weights.read_shard(name, context.tp_rank, context.tp_size)
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+        if torch.promote_types(shard.dtype, parameter.dtype) != parameter.dtype:
+            rounded[name] = shard.dtype
         with torch.no_grad():
             parameter.copy_(shard)
             if config.normalize_head and name == "output_layer.weight":
                 # each row belongs to one rank; the base is frozen and never written from here, so once is enough
                 parameter.copy_(F.normalize(parameter))
+    return rounded
+
+
+def rounding_notes(rounded: Mapping[str, torch.dtype], dtype: str) -> list[str]:
+    """What of the checkpoint `fill` rounded, in words; a line for each dtype that it was in."""
+    return [
+        f"rounded from {str(kind).removeprefix('torch.')} to {dtype} on the first stage: "
+        + kinds_of([name for name, source in rounded.items() if source == kind])
+        for kind in dict.fromkeys(rounded.values())
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import check_keys
 from modellink_lora.models.layouts import QKV, Layout, Vocab
 
 _LAYER, _EXPERT = re.compile(r"(?<=decoder\.layers\.)\d+"), re.compile(r"(?<=\.local_experts\.)\d+")
@@ -43,13 +45,15 @@ class Family:
     Attributes:
         name: the `--model-type-hf` spelling; `aliases` are further ones.
         hf_model_types: `model_type`s of config.json that it reads.
+        read: the ModelConfig of a config.json, of which `keys` are read besides those that every family reads.
         optional_prefix: of Hugging Face names, left out in some published checkpoints.
     """
 
     name: str
     hf_model_types: tuple[str, ...]
     rows: tuple[TensorRow, ...]
-    read_config: Callable[[dict[str, Any]], ModelConfig]
+    read: Callable[[dict[str, Any]], ModelConfig]
+    keys: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     optional_prefix: str = ""
 
@@ -57,6 +61,18 @@ class Family:
     def spellings(self) -> tuple[str, ...]:
         """What `--model-type-hf` may say for it."""
         return tuple(dict.fromkeys((self.name, *self.aliases, *self.hf_model_types)))
+
+    def read_config(self, document: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
+        """The settings that a config.json says.
+
+        Raises:
+            UserError: beginning with `where`: a key is missing, of another type, or asks for what is not computed here.
+        """
+        check_keys(document, self.keys, where=where)
+        try:
+            return self.read(dict(document))
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorSpec]:
         """Every tensor of a model of this family, embedding first, layer by layer, head last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from modellink_lora.config.model import ModelConfig
 
@@ -67,3 +67,9 @@ def full_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
              "decoder.final_layernorm", "embedding.word_embeddings.norm")  # fmt: skip
     shapes |= {f"{norm}.{leaf}": (h,) for norm in norms for leaf in ("weight", "bias")}
     return shapes[re.sub(r"^decoder\.layers\.\d+\.|local_experts\.\d+\.", "", name)]
+
+
+def kinds_of(names: Sequence[str]) -> str:
+    """How many tensors these are, and their names with `*` for the layer or expert."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(kinds)})"

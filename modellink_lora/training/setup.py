@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from modellink_lora.adapters.fused import Fusion
@@ -20,7 +21,7 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.parallel import ParallelConfig, parse_layer_list
 from modellink_lora.device import Device
-from modellink_lora.models.build import DTYPES, GPT, build_chunks, fill
+from modellink_lora.models.build import DTYPES, GPT, build_chunks, fill, rounding_notes
 from modellink_lora.models.dropout import name_sites
 from modellink_lora.models.te_spec import check_transformer_engine
 from modellink_lora.parallel.context import ParallelContext
@@ -120,8 +121,9 @@ def set_up(
         base.config, context, partition, device, dtype=dtype, overrides=overrides, transformer_impl=transformer_impl
     )
     layers: dict[str, LoraLinear] = {}
+    rounded: dict[str, torch.dtype] = {}
     for chunk, model in enumerate(chunks):
-        fill(model, base.weights, base.family, context, partition, chunk)
+        rounded |= fill(model, base.weights, base.family, context, partition, chunk)
         layers |= inject(
             model,
             linears,
@@ -136,6 +138,7 @@ def set_up(
         name_sites(model, seed, partition, context.pp_rank, chunk)
         if overrides.get("recompute_granularity") == "full":
             model.require_input_grad()
+    notes += rounding_notes(rounded, dtype) if base.root else []
     return Setup(chunks, layers, linears, base, fingerprint[0], lora, adapter, partition, notes)
 
 

@@ -66,7 +66,9 @@ DOCUMENTS: dict[str, Callable[[Dimensions], _Document]] = {
 
 def made_family(folder: Path, size: Dimensions, *, seed: int = 0) -> Path:
     """Write config.json and model.safetensors of a model of `size.family`; every value is random."""
-    document = {**DOCUMENTS[size.family](size), "model_type": size.family, "hidden_act": "silu"}
+    document = {**DOCUMENTS[size.family](size), "model_type": size.family}
+    if size.family not in ("chatglm", "qwen", "bloom"):
+        document["hidden_act"] = "silu"
     if size.family.startswith("gemma"):
         document["hidden_act"] = "gelu_pytorch_tanh"
     document["torch_dtype"] = str(size.dtype).removeprefix("torch.")

@@ -103,6 +103,10 @@ def _write_config(folder: Path, size: Dimensions) -> None:
         "tie_word_embeddings": size.tied, "hidden_act": "silu", "torch_dtype": str(size.dtype).removeprefix("torch."),
     }  # fmt: skip
     if size.experts:
-        config |= {"num_experts": size.experts, "num_local_experts": size.experts, "num_experts_per_tok": 2,
-                   "moe_intermediate_size": size.ffn, "shared_expert_intermediate_size": 2 * size.ffn}  # fmt: skip
+        config |= {"num_experts_per_tok": 2}
+        config |= {"num_local_experts" if size.family == "mixtral" else "num_experts": size.experts}
+    if size.experts and size.family != "mixtral":
+        config["moe_intermediate_size"] = size.ffn
+    if size.family == "qwen2_moe":
+        config["shared_expert_intermediate_size"] = 2 * size.ffn
     (folder / "config.json").write_text(json.dumps(config))

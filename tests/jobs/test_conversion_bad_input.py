@@ -188,7 +188,7 @@ def test_of_two_kinds_of_files_the_safe_one_is_read_and_the_other_named(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(model, tmp_path / "hf")
-    torch.save({name: tensor + 1 for name, tensor in hf_tensors(model).items()}, tmp_path / "hf/pytorch_model.bin")
+    torch.save(hf_tensors(model), tmp_path / "hf/pytorch_model.bin")
     save_file({"tok_embeddings.weight": torch.zeros(2)}, tmp_path / "hf/consolidated.safetensors")
     status, said, err = outcome(capsys, tmp_path / "hf", tmp_path / "out", "hf")
     assert status == 0, err

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
+from modellink_lora.config.document import typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families.baichuan import BAICHUAN
@@ -54,8 +55,18 @@ _SIGNS: tuple[tuple[str, Any, str], ...] = (
 _CLASSES = {"MiniCPMForCausalLM": "minicpm"}
 
 
-def with_model_type(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with its model_type, which follows from its class where it is left out."""
+class _Named(TypedDict, total=False):
+    model_type: str
+    architectures: list[str]
+
+
+def with_model_type(config: dict[str, Any], *, where: str = "config.json") -> dict[str, Any]:
+    """A config.json with its model_type, which follows from its class where it is left out.
+
+    Raises:
+        UserError: one of the two is of another type, or there is neither.
+    """
+    typed({key: config[key] for key in ("model_type", "architectures") if config.get(key)}, _Named, where=where)
     named = (_CLASSES[name] for name in config.get("architectures") or () if name in _CLASSES)
     model_type = config.get("model_type") or next(named, None)
     return {**config, "model_type": model_type} if model_type else config

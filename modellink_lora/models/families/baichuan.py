@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import llama_rows, read_llama_like
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import StackedQKV
@@ -30,6 +31,7 @@ BAICHUAN = Family(
     name="baichuan",
     hf_model_types=("baichuan",),
     rows=llama_rows({"qkv": "self_attn.W_pack"}, layouts={"qkv": StackedQKV}),
-    read_config=_read_config,
+    read=_read_config,
+    keys=(*LLAMA_KEYS, "model_max_length", "z_loss_weight"),
     aliases=("baichuan2",),
 )

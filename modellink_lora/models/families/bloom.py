@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import ends, only, required, rows
+from modellink_lora.models.families.common import ends, named, only, required, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import Column, GroupedQKV
 
@@ -15,16 +15,12 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     only(config, "hidden_dropout", 0.0)
     only(config, "attention_dropout", 0.0)
     # BloomConfig knows both spellings of each
-    named = {
-        **config,
-        "layers": config.get("num_hidden_layers") or config.get("n_layer"),
-        "heads": config.get("num_attention_heads") or config.get("n_head"),
-        "width": config.get("hidden_size") or config.get("n_embed"),
-    }
+    for names in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"), ("hidden_size", "n_embed")):
+        config = named(config, *names)
     return ModelConfig(
-        num_layers=required(named, "layers"),
-        hidden_size=required(named, "width"),
-        num_attention_heads=required(named, "heads"),
+        num_layers=required(config, "num_hidden_layers"),
+        hidden_size=required(config, "hidden_size"),
+        num_attention_heads=required(config, "num_attention_heads"),
         max_position_embeddings=config.get("seq_length") or 2048,  # what it was trained on; ALiBi has no end of its own
         vocab_size=required(config, "vocab_size"),
         normalization="LayerNorm",
@@ -61,6 +57,24 @@ BLOOM = Family(
         biased=("qkv", "proj", "fc1", "fc2"),
         norm_bias=True,
     ),
-    read_config=_read_config,
+    read=_read_config,
+    keys=(
+        "apply_residual_connection_post_layernorm",
+        "hidden_dropout",
+        "attention_dropout",
+        "num_hidden_layers",
+        "n_layer",
+        "num_attention_heads",
+        "n_head",
+        "hidden_size",
+        "n_embed",
+        "seq_length",
+        "vocab_size",
+        "layer_norm_epsilon",
+        "n_inner",
+        "intermediate_size",
+        "num_key_value_heads",
+        "max_position_embeddings",  # BloomModel reads none
+    ),
     optional_prefix="transformer.",
 )

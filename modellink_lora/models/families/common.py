@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import ROPE
 from modellink_lora.models.family import TensorRow
 from modellink_lora.models.layouts import QKV, GateUp, Layout, Replicated, Row, Vocab
 
@@ -167,6 +167,8 @@ def read_llama_like(
             only(config, key, False)
     heads = required(known, "num_attention_heads")
     hidden = required(known, "hidden_size")
+    if not get("head_dim") and hidden % heads:
+        raise UserError(f"config.json: num_attention_heads {heads} does not divide hidden_size {hidden}")
     result: dict[str, Any] = {
         "num_layers": required(known, "num_hidden_layers"),
         "hidden_size": hidden,
@@ -206,39 +208,61 @@ def ends(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_rope(config: Mapping[str, Any], rotary_percent: float | None = None) -> dict[str, Any]:
     """ModelConfig fields of the rotary embedding; `rotary_percent` as in `read_llama_like`.
 
-    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one dictionary `rope_parameters`.
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one dictionary `rope_parameters`. Where a file
+    has both, transformers 5 puts `rope_scaling` in the place of `rope_parameters`, whose other values are lost: what
+    these would have changed is refused.
     """
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(where) or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or rotary_percent or 1.0
+    beside = config.get("rope_parameters") or {}
+    for key, value in (("rope_theta", theta), ("partial_rotary_factor", part)):
+        if beside.get(key, value) != value:
+            raise UserError(
+                f"config.json: rope_parameters.{key} is {beside[key]} and rope_scaling beside it makes it {value}: put "
+                f"{key} into rope_scaling, and remove rope_parameters"
+            )
     if rotary_percent is None:
         only({"partial_rotary_factor": part}, "partial_rotary_factor", 1, 1.0)
-    fields: dict[str, Any] = {"rotary_percent": float(part)}
-    fields |= {"rotary_base": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return fields
-    if kind not in ("linear", "llama3", "dynamic"):
+    fields: dict[str, Any] = {"rotary_percent": float(part), "rotary_base": float(theta)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "dynamic"):
         raise UserError(
             f"config.json: {where}.rope_type {kind!r} is not supported; supported are default, linear, llama3, dynamic"
         )
+    if unknown := sorted(key for key in rope if key not in ROPE and rope[key] is not None):
+        raise UserError(
+            f"config.json: {where}.{unknown[0]} {rope[unknown[0]]!r} is not known to compute the same here: remove "
+            "the key if it changes nothing of the model"
+        )
+    if kind == "default":
+        return fields
+    # the length stands above both dictionaries in transformers
+    length = {key: config[key] for key in ("original_max_position_embeddings",) if config.get(key) is not None}
 
     def number(key: str) -> float:
-        value = rope.get(key, config.get(key))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"config.json: {where} of type {kind} needs a positive {key}, it has {value!r}")
+        value = {**rope, **length}.get(key)
+        if value is None:
+            raise UserError(f"config.json: {where} of type {kind} needs a positive {key}, it has None")
         return float(value)
 
     fields |= {"rope_scaling_type": kind, "rope_scaling_factor": number("factor")}
     if kind == "dynamic":  # frequencies change with the length, and only behind the positions of the config
         fields["original_max_position_embeddings"] = required(config, "max_position_embeddings")
     if kind == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        if low >= high:
+            raise UserError(f"config.json: {where}.low_freq_factor {low:g} must be below high_freq_factor {high:g}")
         fields |= {
-            "low_freq_factor": number("low_freq_factor"),
-            "high_freq_factor": number("high_freq_factor"),
+            "low_freq_factor": low,
+            "high_freq_factor": high,
             "original_max_position_embeddings": int(number("original_max_position_embeddings")),
         }
     return fields
+
+
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
 def refuse_mixed_windows(config: Mapping[str, Any]) -> None:
@@ -254,6 +278,18 @@ def refuse_mixed_windows(config: Mapping[str, Any]) -> None:
             f"config.json: use_sliding_window true with max_window_layers {first} gives some layers an attention "
             "window; only full attention is supported for this family"
         )
+
+
+def named(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """`config` with a setting that has several names under the first of `keys`.
+
+    Raises UserError where two of them say different things.
+    """
+    said = {key: config[key] for key in keys if config.get(key) is not None}
+    if len(set(said.values())) > 1:
+        both = " and ".join(f"{key} {value}" for key, value in said.items())
+        raise UserError(f"config.json: {both} are names of the same setting: remove the wrong one")
+    return {**config, **dict.fromkeys(keys[:1] if said else (), next(iter(said.values()), None))}
 
 
 def only(config: Mapping[str, Any], key: str, *allowed: Any) -> None:

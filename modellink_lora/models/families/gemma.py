@@ -9,6 +9,7 @@ from typing import Any
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import LLAMA_ROWS, llama_rows, only, read_llama_like
 from modellink_lora.models.family import Family
 
@@ -18,6 +19,7 @@ _SHARED: dict[str, Any] = {
     "activation": _GELU, "swiglu": False, "geglu": True, "gelu_tanh": True, "add_rmsnorm_offset": True,
     "input_embeds_norm": True,
 }  # fmt: skip
+_KEYS = (*LLAMA_KEYS, "hidden_activation", "use_bidirectional_attention")
 _ABSENT = {"tie_word_embeddings": True, "head_dim": 256}
 
 
@@ -46,7 +48,7 @@ def _read_gemma2(config: dict[str, Any]) -> ModelConfig:
     )  # fmt: skip
 
 
-GEMMA = Family(name="gemma", hf_model_types=("gemma",), rows=LLAMA_ROWS, read_config=_read_gemma)
+GEMMA = Family(name="gemma", hf_model_types=("gemma",), rows=LLAMA_ROWS, read=_read_gemma, keys=_KEYS)
 GEMMA2 = Family(
     name="gemma2",
     hf_model_types=("gemma2",),
@@ -55,5 +57,9 @@ GEMMA2 = Family(
         "pre_mlp_norm": "pre_feedforward_layernorm",
         "post_mlp_norm": "post_feedforward_layernorm",
     }),
-    read_config=_read_gemma2,
+    read=_read_gemma2,
+    keys=(
+        *_KEYS, "layer_types", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import ends, llama_rows, only, read_llama_like, required, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import StackedGateUp, StackedQKV
@@ -75,7 +76,31 @@ CHATGLM = Family(
         layouts={"qkv": StackedQKV, "fc1": StackedGateUp},
         biased=("qkv",),
     ),
-    read_config=_read_chatglm,
+    read=_read_chatglm,
+    keys=(
+        "rmsnorm",
+        "post_layer_norm",
+        "add_bias_linear",
+        "pre_seq_len",
+        "apply_residual_connection_post_layernorm",
+        "fp32_residual_connection",
+        "hidden_dropout",
+        "num_attention_heads",
+        "multi_query_attention",
+        "num_layers",
+        "num_hidden_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "multi_query_group_num",
+        "kv_channels",
+        "seq_length",
+        "vocab_size",
+        "padded_vocab_size",
+        "layernorm_epsilon",
+        "rope_ratio",
+        "add_qkv_bias",
+        "attention_dropout",
+    ),
     aliases=("chatglm2", "glm4"),
 )
 _GLM: dict[str, Any] = {"layouts": {"fc1": StackedGateUp}, "biased": ("qkv",)}
@@ -83,7 +108,8 @@ GLM = Family(
     name="glm",
     hf_model_types=("glm",),
     rows=llama_rows({"fc1": "mlp.gate_up_proj"}, **_GLM),
-    read_config=_read_glm,
+    read=_read_glm,
+    keys=LLAMA_KEYS,
     aliases=("chatglm3", "glm4"),
 )
 GLM4 = Family(
@@ -94,5 +120,6 @@ GLM4 = Family(
         "post_attn_norm": "post_self_attn_layernorm",
         "post_mlp_norm": "post_mlp_layernorm",
     }, **_GLM),
-    read_config=_read_glm4,
+    read=_read_glm4,
+    keys=LLAMA_KEYS,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import LLAMA_ROWS, read_llama_like
 from modellink_lora.models.family import Family
 
@@ -13,4 +14,7 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     return read_llama_like(config, normalize_head=bool(config.get("norm_head", False)))
 
 
-INDEX = Family(name="index", hf_model_types=("index",), rows=LLAMA_ROWS, read_config=_read_config, aliases=("llama2",))
+INDEX = Family(
+    name="index", hf_model_types=("index",), rows=LLAMA_ROWS, read=_read_config,
+    keys=(*LLAMA_KEYS, "norm_head"), aliases=("llama2",),
+)  # fmt: skip

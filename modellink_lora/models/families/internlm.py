@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import llama_rows, only, read_llama_like, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import GroupedQKV
@@ -29,7 +30,8 @@ INTERNLM = Family(
     name="internlm",
     hf_model_types=("internlm",),
     rows=llama_rows(biased=("qkv", "proj")),
-    read_config=_read_internlm,
+    read=_read_internlm,
+    keys=(*LLAMA_KEYS, "bias", "rotary"),
     aliases=("llama2",),
 )
 INTERNLM2 = Family(
@@ -51,6 +53,7 @@ INTERNLM2 = Family(
         layouts={"qkv": GroupedQKV},
         biased=("qkv", "proj"),
     ),
-    read_config=_read_internlm2,
+    read=_read_internlm2,
+    keys=(*LLAMA_KEYS, "bias"),
     aliases=("internlm25",),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import LLAMA_ROWS, only, read_llama_like
 from modellink_lora.models.family import Family
 
@@ -20,4 +21,7 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
     )
 
 
-MINICPM = Family(name="minicpm", hf_model_types=("minicpm",), rows=LLAMA_ROWS, read_config=_read_config)
+MINICPM = Family(
+    name="minicpm", hf_model_types=("minicpm",), rows=LLAMA_ROWS, read=_read_config,
+    keys=(*LLAMA_KEYS, "num_experts", "scale_emb", "scale_depth", "dim_model_base"),
+)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import LLAMA_ROWS, read_llama_like
 from modellink_lora.models.family import Family
 
@@ -15,5 +16,6 @@ def _read_config(config: dict[str, Any]) -> ModelConfig:
 
 
 MISTRAL = Family(
-    name="mistral", hf_model_types=("mistral",), rows=LLAMA_ROWS, read_config=_read_config, aliases=("llama2",)
-)
+    name="mistral", hf_model_types=("mistral",), rows=LLAMA_ROWS, read=_read_config,
+    keys=(*LLAMA_KEYS, "sliding_window"), aliases=("llama2",),
+)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import ends, only, required, rows
+from modellink_lora.models.families.common import ends, named, only, required, rows
 from modellink_lora.models.family import Family
 from modellink_lora.models.layouts import StackedQKV
 
@@ -18,8 +18,10 @@ _FIRST = {
 
 
 def _read_config(config: dict[str, Any]) -> ModelConfig:
-    config = {**{new: config[old] for old, new in _FIRST.items() if old in config}, **config}
+    for old, new in _FIRST.items():
+        config = named(config, new, old)
     for key, values in (("no_bias", (True,)), ("rotary_pct", (1.0, 1)), ("scale_attn_weights", (True,)),
+                        ("apply_residual_connection_post_layernorm", (False,)),
                         ("emb_dropout_prob", (0.0, 0))):  # fmt: skip
         only(config, key, *values)
     length = required(config, "seq_length")
@@ -66,5 +68,21 @@ QWEN = Family(
         layouts={"qkv": StackedQKV},
         biased=("qkv",),
     ),
-    read_config=_read_config,
+    read=_read_config,
+    keys=(
+        *_FIRST,
+        *_FIRST.values(),
+        "no_bias",
+        "rotary_pct",
+        "scale_attn_weights",
+        "seq_length",
+        "use_dynamic_ntk",
+        "use_logn_attn",
+        "kv_channels",
+        "vocab_size",
+        "padded_vocab_size",
+        "layer_norm_epsilon",
+        "rotary_emb_base",
+        "apply_residual_connection_post_layernorm",
+    ),
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import llama_rows, read_llama_like, refuse_mixed_windows
+from modellink_lora.models.config_keys import LLAMA_KEYS
+from modellink_lora.models.families.common import WINDOW_KEYS, llama_rows, read_llama_like, refuse_mixed_windows
 from modellink_lora.models.family import Family
 
 
@@ -18,6 +19,7 @@ QWEN2 = Family(
     name="qwen2",
     hf_model_types=("qwen2",),
     rows=llama_rows(biased=("qkv",)),
-    read_config=_read_config,
+    read=_read_config,
+    keys=(*LLAMA_KEYS, *WINDOW_KEYS),
     aliases=("llama2", "qwen1.5", "qwen2.5"),
 )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from modellink_lora.config.model import ModelConfig
-from modellink_lora.models.families.common import LLAMA_ROWS, QK_NORM_ROWS, read_llama_like, refuse_mixed_windows
+from modellink_lora.models.config_keys import LLAMA_KEYS
+from modellink_lora.models.families.common import (
+    LLAMA_ROWS,
+    QK_NORM_ROWS,
+    WINDOW_KEYS,
+    read_llama_like,
+    refuse_mixed_windows,
+)
 from modellink_lora.models.family import Family
 
 
@@ -18,6 +25,7 @@ QWEN3 = Family(
     name="qwen3",
     hf_model_types=("qwen3",),
     rows=LLAMA_ROWS + QK_NORM_ROWS,
-    read_config=_read_config,
+    read=_read_config,
+    keys=(*LLAMA_KEYS, *WINDOW_KEYS),
     aliases=("llama2",),
 )

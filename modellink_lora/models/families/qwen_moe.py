@@ -7,17 +7,25 @@ from typing import Any
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.models.config_keys import LLAMA_KEYS
 from modellink_lora.models.families.common import (
     LLAMA_ROWS,
     QK_NORM_ROWS,
+    WINDOW_KEYS,
     expert_rows,
     llama_rows,
+    named,
     only,
     read_llama_like,
     required,
     without_mlp,
 )
 from modellink_lora.models.family import Family, TensorRow
+
+_KEYS = (
+    *LLAMA_KEYS, *WINDOW_KEYS, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
+    "mlp_only_layers", "norm_topk_prob",
+)  # fmt: skip
 
 
 def _read_qwen2(config: dict[str, Any]) -> ModelConfig:
@@ -34,9 +42,8 @@ def _read_qwen2(config: dict[str, Any]) -> ModelConfig:
 
 
 def _read_qwen3(config: dict[str, Any]) -> ModelConfig:
-    config = {"num_experts_per_tok": 8, "moe_intermediate_size": 768, **config}
-    if "num_experts" not in config:  # transformers 5 writes the other name
-        config["num_experts"] = config.get("num_local_experts", 128)
+    config = named(config, "num_experts", "num_local_experts")  # transformers 5 writes the second name
+    config = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, **config}
     return read_llama_like(config, absent={"num_key_value_heads": 4}, qk_layernorm=True, **_experts(config))
 
 
@@ -65,11 +72,13 @@ QWEN2_MOE = Family(
     name="qwen2-moe",
     hf_model_types=("qwen2_moe",),
     rows=_rows(llama_rows(biased=("qkv",)), shared="mlp.shared_expert"),
-    read_config=_read_qwen2,
+    read=_read_qwen2,
+    keys=(*_KEYS, "shared_expert_intermediate_size", "qkv_bias"),
 )
 QWEN3_MOE = Family(
     name="qwen3-moe",
     hf_model_types=("qwen3_moe",),
     rows=_rows(LLAMA_ROWS + QK_NORM_ROWS, shared=None),
-    read_config=_read_qwen3,
+    read=_read_qwen3,
+    keys=(*_KEYS, "num_local_experts"),
 )

@@ -33,12 +33,18 @@ OWN_KEYS: dict[str, dict[str, Any]] = {  # of families whose config.json is not 
     "chatglm": {"num_layers": 2, "ffn_hidden_size": 128, "kv_channels": 16, "seq_length": 128,
                 "padded_vocab_size": 259},
 }  # fmt: skip
+NOT_THEIRS = {  # keys of BASE that a config.json of these families does not have
+    "qwen": ("num_key_value_heads", "rms_norm_eps"),
+    "chatglm": ("intermediate_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    "bloom": ("intermediate_size", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def read(model_type: str = "llama", *, without: tuple[str, ...] = (), **keys: Any) -> ModelConfig:
     settings = {**BASE, **OWN_KEYS.get(model_type, {}), "model_type": model_type, **keys}
-    config = {key: value for key, value in settings.items() if key not in without}
+    without += NOT_THEIRS.get(model_type, ())
+    config = {key: value for key, value in settings.items() if key not in without or key in keys}
     return family_of(model_type).read_config(config)
 
 
