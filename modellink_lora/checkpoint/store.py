@@ -62,8 +62,17 @@ def newest(root: Path, *, flag: str) -> Path:
 
 def write_tracker(root: Path, iteration: int | str) -> None:
     """Point `root` at `iteration`; the last thing a save does."""
+    with pointing_at(root, iteration):
+        pass
+
+
+@contextlib.contextmanager
+def pointing_at(root: Path, iteration: int | str) -> Iterator[None]:
+    """Point `root` at `iteration` when the block, which writes it, succeeds; a full disk is met before the block."""
     with replacing_file(root / TRACKER) as temporary:
         temporary.write_text(str(iteration))
+        _to_disk(temporary)
+        yield
 
 
 @contextlib.contextmanager
