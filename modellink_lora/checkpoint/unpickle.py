@@ -117,6 +117,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: damaged, or contains something which weights do not need: it is refused") from None
     except Exception as error:  # torch and pickle raise a dozen types for a bad file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged, cut short or not a file of tensors alone ({reason})") from None

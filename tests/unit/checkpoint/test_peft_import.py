@@ -122,7 +122,7 @@ def test_folders_that_are_torn_or_mixed_up_are_refused(folder: Path, hf: Path) -
     with pytest.raises(UserError, match="damaged or cut short"):
         open_adapter(folder, base=lambda: HfModel(hf).config)
     tensors.rename(folder / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"adapter_model\.bin: damaged, cut short or not a file of tensors alone"):
+    with pytest.raises(UserError, match=r"adapter_model\.bin: damaged"):
         open_adapter(folder, base=lambda: HfModel(hf).config)
     (folder / "adapter_model.bin").rename(tensors)
     tensors.write_bytes(whole)
