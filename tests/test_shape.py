@@ -23,7 +23,7 @@ FOLDER_LAYERS = {
 PURE = {
     "data/templates", "data/prompt", "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family",
     "models/shapes", "models/config_keys", "models/families", "parallel/partition", "checkpoint/names",
-    "checkpoint/store", "checkpoint/checksums", "checkpoint/fileset",
+    "checkpoint/store", "checkpoint/checksums", "checkpoint/disk", "checkpoint/fileset",
 }  # fmt: skip
 PATCH_PLACE = "device/redirect.py"
 

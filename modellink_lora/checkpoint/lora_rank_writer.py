@@ -24,7 +24,7 @@ from modellink_lora.checkpoint.blocks import scaled_b
 from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.names import TARGETS, to_legacy
 from modellink_lora.checkpoint.rank_tree import SIDECAR, Spelling, check_spelling, rank_file
-from modellink_lora.checkpoint.store import iteration_folder, replacing_folder, write_tracker
+from modellink_lora.checkpoint.store import iteration_folder, pointing_at, replacing_folder
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Replicated, lora_layouts
 from modellink_lora.parallel.partition import Partition
@@ -47,7 +47,11 @@ def write_lora_rank_files(root: Path, adapter: Adapter, *, tp: int, partition: P
     vars(args).update(_lora_args(adapter, r, alpha, partition, spelling))
     folder = iteration_folder(root, iteration)
     names = [f"{module}.{factor}" for module in adapter.modules for factor in ("lora_A", "lora_B")]
-    with replacing_folder(folder) as temporary, tqdm(total=tp * len(names), desc=f"writing {folder}") as bar:
+    with (
+        pointing_at(root, iteration),
+        replacing_folder(folder) as temporary,
+        tqdm(total=tp * len(names), desc=f"writing {folder}") as bar,
+    ):
         for stage in range(partition.stages):
             for rank in range(tp):
                 document = _document(
@@ -56,7 +60,6 @@ def write_lora_rank_files(root: Path, adapter: Adapter, *, tp: int, partition: P
                 path = rank_file(temporary, rank, stage, partition.stages)
                 path.parent.mkdir()
                 torch.save({"args": args, "checkpoint_version": 3.0, "iteration": iteration, **document}, path)
-    write_tracker(root, iteration)
     return folder
 
 

@@ -20,7 +20,7 @@ from modellink_lora.checkpoint.filling import Job, Tick, fill, ticking
 from modellink_lora.checkpoint.names import to_legacy
 from modellink_lora.checkpoint.outfile import OutFile
 from modellink_lora.checkpoint.rank_tree import EMBEDDING, HEAD, HF_FILES, Spelling, rank_file, shard_shape
-from modellink_lora.checkpoint.store import iteration_folder, replacing_folder, write_tracker
+from modellink_lora.checkpoint.store import iteration_folder, pointing_at, replacing_folder
 from modellink_lora.checkpoint.torch_file import put_checksums, torch_file
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -109,7 +109,11 @@ def write_rank_files(
     places: dict[str, list[tuple[str, int]]] = {}  # global name -> (name it is stored under, stage)
     for spec, name, stage, _ in layout.places():
         places.setdefault(spec.name, []).append((name, stage))
-    with replacing_folder(target) as temporary, contextlib.ExitStack() as stack:
+    # everything is on the disk before the first of them gets its name: the iteration, then hf, then the tracker
+    with contextlib.ExitStack() as around, replacing_folder(target) as temporary, contextlib.ExitStack() as stack:
+        around.enter_context(pointing_at(root, iteration))
+        if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
+            copy_companions(hf_files, around.enter_context(replacing_folder(root / HF_FILES)))
         files: dict[tuple[int, int, int], OutFile] = {}
         stages = layout.partition.stages
         for stage, rank, expert in itertools.product(range(stages), range(layout.tp), range(layout.ep)):
@@ -134,10 +138,6 @@ def write_rank_files(
             file.finish()
         if check is not None:
             check(temporary)
-    if hf_files is not None and hf_files.resolve() != (root / HF_FILES).resolve():
-        with replacing_folder(root / HF_FILES) as temporary:
-            copy_companions(hf_files, temporary)
-    write_tracker(root, iteration)
     return target
 
 

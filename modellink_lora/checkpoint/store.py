@@ -9,7 +9,6 @@ with it in one step where the system can do that. Where it cannot, there is a mo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import errno
 import fcntl
@@ -17,16 +16,16 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from modellink_lora.checkpoint.disk import exchange, link, lives, remove
 from modellink_lora.config.document import read_text
 from modellink_lora.config.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 LOCK, CLAIM = ".lock", ".writer"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old|set)")
-_AT_CWD, _EXCHANGE = -100, 2  # constants of renameat2(2)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -62,8 +61,17 @@ def newest(root: Path, *, flag: str) -> Path:
 
 def write_tracker(root: Path, iteration: int | str) -> None:
     """Point `root` at `iteration`; the last thing a save does."""
+    with pointing_at(root, iteration):
+        pass
+
+
+@contextlib.contextmanager
+def pointing_at(root: Path, iteration: int | str) -> Iterator[None]:
+    """Point `root` at `iteration` when the block, which writes it, succeeds; a full disk is met before the block."""
     with replacing_file(root / TRACKER) as temporary:
         temporary.write_text(str(iteration))
+        to_disk(temporary)
+        yield
 
 
 @contextlib.contextmanager
@@ -88,7 +96,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_dead(path)
     temporary = beside(path, "tmp")
-    _remove(temporary)
+    remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -96,7 +104,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             to_disk(inner)
         _take_place(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextlib.contextmanager
@@ -118,7 +126,7 @@ def replacing_set(root: Path, last: str, *, instead_of: Sequence[str]) -> Iterat
     old = [path for path in root.iterdir() if any(path.match(pattern) for pattern in (last, *instead_of))]
     whole = bool(old) and _is_movable(root)
     temporary = beside(root if whole else root / last, "tmp")
-    _remove(temporary)
+    remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -126,19 +134,19 @@ def replacing_set(root: Path, last: str, *, instead_of: Sequence[str]) -> Iterat
             to_disk(inner)
         if whole:
             new = {path.name for path in temporary.iterdir()}
-            _link([path for path in root.iterdir() if path not in old and path.name not in new], temporary)
+            link([path for path in root.iterdir() if path not in old and path.name not in new], temporary)
             shutil.copystat(root, temporary)
             to_disk(temporary)
             _take_place(temporary, root)
         else:
             _move_in(temporary, root, last, old)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _take_place(new: Path, path: Path) -> None:
     """Give the folder `new` the name `path`, where another folder may be."""
-    if path.exists() and _exchange(new, path):
+    if path.exists() and exchange(new, path):
         to_disk(path.parent)
         return  # `new` is the old one now
     old = beside(path, "old")
@@ -150,13 +158,7 @@ def _take_place(new: Path, path: Path) -> None:
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
-        _remove(old)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, as Linux can on most file systems; False where it was not done."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None)
-    return call is not None and call(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE) == 0
+        remove(old)
 
 
 def _is_movable(root: Path) -> bool:
@@ -168,15 +170,15 @@ def _is_movable(root: Path) -> bool:
 def _move_in(new: Path, root: Path, last: str, old: Sequence[Path]) -> None:
     """Move the files of `new` into `root` in place of `old`, `last` after all others."""
     kept = beside(root / last, "set")
-    _remove(kept)
+    remove(kept)
     kept.mkdir()
     try:
-        _link(old, kept)
+        link(old, kept)
         to_disk(kept)
         (root / last).unlink(missing_ok=True)
         for path in old:
             if path.name != last:
-                _remove(path)
+                remove(path)
         for path in sorted(new.iterdir(), key=lambda path: path.name == last):
             os.replace(path, root / path.name)
         to_disk(root)
@@ -188,35 +190,9 @@ def _put_back(kept: Path, root: Path, last: str) -> None:
     """Undo a replacement of a set that did not come to its end, and remove what was kept for that."""
     if not (root / last).exists():
         for path in sorted(kept.iterdir(), key=lambda path: path.name == last):
-            _remove(root / path.name)
+            remove(root / path.name)
             os.replace(path, root / path.name)
-    _remove(kept)
-
-
-def _link(paths: Iterable[Path], folder: Path) -> None:
-    """Give files and folders a second place in `folder`; copies where the file system has no links."""
-
-    def link(source: str, target: str) -> None:
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            shutil.copy2(source, target, follow_symlinks=False)
-
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, folder / path.name, symlinks=True, copy_function=link)
-        else:
-            link(str(path), str(folder / path.name))
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder, as far as that is possible."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(kept)
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -345,19 +321,9 @@ def _mend(root: Path) -> None:
 
 def clear_dead(path: Path) -> None:
     """Put back, or remove, what writers of `path` left beside it whose processes have ended."""
-    beside = path.parent.glob(f".{glob.escape(path.name)}.*")
-    found = [(left, match) for left in beside if (match := LEFTOVER.fullmatch(left.name))]
-    _settle([(left, match) for left, match in found if match["name"] == path.name and not _lives(int(match["pid"]))])
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # of another user
-        return True
-    return True
+    left_there = path.parent.glob(f".{glob.escape(path.name)}.*")
+    found = [(left, match) for left in left_there if (match := LEFTOVER.fullmatch(left.name))]
+    _settle([(left, match) for left, match in found if match["name"] == path.name and not lives(int(match["pid"]))])
 
 
 def _settle(leftovers: list[tuple[Path, re.Match[str]]]) -> None:

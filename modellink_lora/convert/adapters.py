@@ -12,7 +12,7 @@ from modellink_lora.checkpoint.lora_rank_writer import common, write_lora_rank_f
 from modellink_lora.checkpoint.peft import CONFIG, scalings, write_peft
 from modellink_lora.checkpoint.peft_truncate import write_truncated
 from modellink_lora.checkpoint.rank_tree import HF_FILES
-from modellink_lora.checkpoint.store import TRACKER, iteration_folder, write_tracker
+from modellink_lora.checkpoint.store import TRACKER, iteration_folder, pointing_at
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
@@ -101,8 +101,9 @@ def _own(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> Pa
     written = iteration_folder(folder, adapter.meta.iteration)
     if _stops(convert, say):
         return folder
-    write_adapter(written, {name: adapter.stored(name) for name in [*adapter.shapes, *adapter.replaced]}, adapter.meta)
-    write_tracker(folder, adapter.meta.iteration)
+    tensors = {name: adapter.stored(name) for name in [*adapter.shapes, *adapter.replaced]}
+    with pointing_at(folder, adapter.meta.iteration):
+        write_adapter(written, tensors, adapter.meta)
     say(f"wrote {written}, {len(adapter.shapes)} tensors")
     return folder
 

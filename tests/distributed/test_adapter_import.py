@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,9 @@ def test_linears_that_a_peft_adapter_leaves_out_learn_with_the_others(foreign: F
     tensors = load_file(folder / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if ".layers.3." in name and "k_proj" not in name}
     save_file(kept, folder / "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"layers_to_transform": [3], "exclude_modules": ["k_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     found = tune(foreign, tmp_path / "run", TP2_SP, lora_load=str(folder))
     assert len(found) == STEPS and all(tensor.any() for tensor in adapter_tensors(tmp_path / "run").values())
 

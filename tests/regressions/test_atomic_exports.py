@@ -95,7 +95,7 @@ def test_killed_at_any_step_an_export_leaves_the_old_adapter_or_the_new(
     monkeypatch.setattr(store, "to_disk", lambda path: None)  # of a kill, unlike a power cut, no bytes are lost
     if not movable:
         monkeypatch.setattr(store, "_is_movable", lambda root: False)
-        monkeypatch.setattr(store, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(store, "exchange", lambda one, other: False)
     old, new = two
     export(old, tmp_path / "first", kind)
     place = tmp_path / "first" if kind == "peft" else tmp_path / "first/iter_0000003"

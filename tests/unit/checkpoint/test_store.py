@@ -122,7 +122,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
             raise OSError(errno.ENOSPC, "no space left")
         replace(source, target)
 
-    monkeypatch.setattr(store, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(store, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "replace", once_full)
     with pytest.raises(OSError, match="no space"):
         save(tmp_path, 5, "new")
