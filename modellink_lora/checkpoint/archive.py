@@ -104,7 +104,7 @@ def _compare(source: Path | bytes, entries: list[zipfile.ZipInfo], places: list[
     """That torch's own reader finds the same records at the same places; archives can be made to differ by reader."""
     reader = torch._C.PyTorchFileReader(str(source) if isinstance(source, Path) else io.BytesIO(source))
     here = {entry.filename.partition("/")[2]: place for entry, place in zip(entries, places, strict=True)}
-    theirs = {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+    theirs = {name: reader.get_record_offset(name) for name in reader.get_all_records()}  # type: ignore[attr-defined]
     if here != theirs:
         raise UserError("is an archive with two directories that differ: it is refused unread")
 

@@ -76,7 +76,13 @@ def pointing_at(root: Path, iteration: int | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed onto it when the block succeeds and removed when it fails."""
+    """A temporary name beside `path`, renamed onto it when the block succeeds and removed when it fails.
+
+    A device or a pipe (/dev/stdout, /dev/null) is written as it is: a file renamed onto it would take its place.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_dead(path)
     temporary = beside(path, "tmp")

@@ -96,6 +96,8 @@ class RestrictedUnpickler(pickle._Unpickler):
     records: Mapping[str, int] | None = None  # sizes in bytes of an archive's records; None where there is no archive
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
+    stack: list[Any]
+
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module  # pickle protocol 2, which torch.save writes
         if (module, name) in _ALLOWED:

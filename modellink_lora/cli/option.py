@@ -56,7 +56,8 @@ class Option:
                 raise ValueError
             return self._checked(self.kind(text))
         except ValueError:
-            raise ValueError(f"{text!r} is not {_CALLED[self.kind]}") from None
+            shown = text if len(text) <= 60 else text[:60] + "..."
+            raise ValueError(f"{shown!r} is not {_CALLED[self.kind]}") from None
 
     def from_yaml(self, value: Any) -> Any:
         """The value of one YAML key. Raises ValueError that says what was expected."""
@@ -71,7 +72,10 @@ class Option:
 
     def _scalar_from_yaml(self, value: Any) -> Any:
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ValueError("the number is too large") from None
         if self.kind is float and isinstance(value, str):
             return self.from_text(value)  # YAML 1.1 reads 1e-5 as text
         if type(value) is not self.kind:

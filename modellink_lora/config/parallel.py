@@ -12,6 +12,8 @@ from modellink_lora.config.model import ModelConfig
 def parse_layer_list(text: str) -> tuple[int, ...]:
     """`"6,8,8,10"` -> (6, 8, 8, 10), the layers of each pipeline stage."""
     try:
+        if not text.isascii() or "_" in text:
+            raise ValueError
         counts = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--num-layer-list {text!r} is not a comma list of whole numbers such as 6,8,8,10") from None

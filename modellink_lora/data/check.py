@@ -58,7 +58,7 @@ def _check_tokens(corpus: InstructionCorpus, vocab_size: int, sums: Mapping[str,
             "labels": corpus.labels.tokens[start : start + _BLOCK],
         }
         for key, block in stored.items():
-            found[key] = crc32(memoryview(numpy.ascontiguousarray(block)).cast("B"), found[key])
+            found[key] = crc32(numpy.ascontiguousarray(block).view(numpy.uint8).data, found[key])
         ids, labels = (block.astype(numpy.int64) for block in stored.values())
         trained = labels != IGNORED
         _refuse(corpus, "input_ids", start, ids, (ids < 0) | (ids >= vocab_size), f"the model has {vocab_size} tokens")

@@ -25,7 +25,7 @@ def split_bounds(split: str, total: int) -> list[range]:
         weights = [float(part) for part in parts if part.strip()]
     except ValueError:
         raise UserError(f"--split {split!r}: give up to three numbers such as 949,50,1") from None
-    if not 1 <= len(weights) <= 3 or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
+    if not 1 <= len(weights) <= 3 or not all(0 <= weight <= 1e38 for weight in weights) or not any(weights):
         raise UserError(f"--split {split!r}: give up to three numbers that are not negative, and one above 0")
     weights += [0.0] * (3 - len(weights))
     ends = [0]

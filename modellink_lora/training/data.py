@@ -196,6 +196,7 @@ def open_data(
 
 def _checked(corpus: InstructionCorpus, vocab_size: int, context: ParallelContext) -> str:
     """Check the data by the first process of each host, while the others wait. What was done, for the summary."""
+    assert dist.group.WORLD is not None
     hosts: list[str] = of_all_ranks(dist.group.WORLD, host)
     said: str | UserError | None = None
     if hosts.index(hosts[context.rank]) == context.rank:
