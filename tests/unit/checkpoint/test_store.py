@@ -78,15 +78,6 @@ def tell_nothing(line: str) -> None:
 
 
 @pytest.mark.parametrize("iteration", [5, 6], ids=["the same iteration again", "the next iteration"])
-def test_a_device_is_written_and_not_replaced(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with replacing_file(tmp_path / "pipe") as temporary:
-        temporary.write_text("said")
-    assert os.read(reader, 10) == b"said" and (tmp_path / "pipe").is_fifo()
-    os.close(reader)
-
-
 def test_after_a_kill_at_any_moment_of_a_save_the_next_writer_finds_a_whole_checkpoint(
     tmp_path: Path, iteration: int
 ) -> None:
@@ -229,3 +220,12 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
         writing(tmp_path / "file/save", flag="--save", tell=tell_nothing),
     ):
         raise AssertionError
+
+
+def test_a_device_is_written_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with store.replacing_file(tmp_path / "pipe") as temporary:
+        temporary.write_text("said")
+    assert os.read(reader, 10) == b"said" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
