@@ -20,7 +20,9 @@ _ADVICE = {
     errno.EIO: "look at the disk",
     errno.EFBIG: "raise the limit (ulimit -f), or write to another file system",
 }
-_FULL = re.compile(r"os error (28|122)\b|PytorchStreamWriter failed writing")  # safetensors, torch.save
+_FULL = re.compile(
+    r"os error (28|122)\b|PytorchStreamWriter failed writing|inline_container\.cc\S* \. unexpected pos"
+)  # safetensors, torch.save
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
 
 
