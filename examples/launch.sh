@@ -5,8 +5,9 @@
 #   single PROGRAM FLAG...   in one process
 #   resumable FOLDER         prints FOLDER if it holds a checkpoint to go on from, else nothing
 #
-# A script hands them its own arguments last, so `tune_….sh --train-iters 10` changes a flag, and `tune_….sh --dry-run`
-# prints the command, in one line, and starts nothing. The processes are those of
+# A script hands them its own arguments last, so `tune_….sh --train-iters 10` changes a flag, `generate_….sh
+# --hf-chat-template` takes the tokenizer's own template instead of the script's, and `tune_….sh --dry-run` prints the
+# command, in one line, and starts nothing. The processes are those of
 #
 #   one host        GPUS_PER_NODE or NPUS_PER_NODE of them
 #   several hosts   the same script on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or with NNODES and
@@ -78,9 +79,16 @@ resumable() {
 
 # The command takes the place of the script: signals reach it, and its exit status is the script's.
 _start() {
-    local word words=() dry=
-    for word in "$@"; do
-        if [ "$word" = --dry-run ]; then dry=1; else words+=("$word"); fi
+    local word words=() dry='' drop=''
+    # a script's own --prompt-type gives way to the --hf-chat-template of its caller
+    case " $* " in *" --hf-chat-template "*) drop=1 ;; esac
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dry-run) dry=1 ;;
+            --prompt-type) if [ -n "$drop" ]; then drop= && shift; else words+=("$1"); fi ;;
+            *) words+=("$1") ;;
+        esac
+        shift
     done
     if [ -n "$dry" ]; then
         for word in "${words[@]}"; do

@@ -69,11 +69,15 @@ def typed(command: str, place: Path) -> str:
 def tuned(names: str, place: Path, *words: object) -> None:
     """Preprocess and tune; the adapter is the tutorial's."""
     succeeds(f"{names}/llama2/data_convert_llama2_instruction.sh", cwd=place)
-    assert list(place.glob(f"finetune_dataset/{'sharegpt' if names == 'legacy' else 'alpaca'}_packed_labels*.bin"))
+    made = "sharegpt" if names == "legacy" else "alpaca"
+    assert list(place.glob(f"finetune_dataset/llama-2-7b/{made}_packed_labels*.bin"))
     typed(PREPROCESS, place)
     assert {path.name for path in place.glob("finetune_dataset/llama-2-7b/*packed*document.*")} >= SIX
-    text = succeeds(f"{names}/llama2/tune_llama2_7b_lora_ptd.sh", *words, cwd=place, timeout=7200, GPUS_PER_NODE=2)
-    assert " lm loss: " in text and (place / "logs/tune_llama2_7b_lora_ptd.log").read_text() == text
+    text = succeeds(f"{names}/llama2/tune_llama2_7b_lora_ptd.sh", *words, cwd=place, timeout=7200, GPUS_PER_NODE=2,
+                    CKPT_SAVE_DIR="./ckpt/llama-2-7b-lora",
+                    DATA_PATH="./finetune_dataset/llama-2-7b/alpaca")  # fmt: skip
+    log = f"logs/tune_llama2_7b_{'legacy_' if names == 'legacy' else ''}lora_ptd.log"
+    assert " lm loss: " in text and (place / log).read_text() == text
     *_, settings = sorted(place.glob("ckpt/llama-2-7b-lora/iter_*/adapter.json"))
     lora = json.loads(settings.read_text())["lora"]
     assert (lora["r"], lora["alpha"]) == (16, 32.0)
@@ -104,7 +108,8 @@ def legacy(place: Path, *words: object) -> None:
     assert differs(by_hand, place / HF)
     for script, save in (("legacy2legacy_lora", "model_weights/again"), ("legacy2hf_lora", "again")):
         (place / "again").mkdir(exist_ok=True)
-        succeeds(f"legacy/llama2/ckpt_convert_llama2_{script}.sh", cwd=place, CKPT_SAVE_DIR=save)
+        succeeds(f"legacy/llama2/ckpt_convert_llama2_{script}.sh", cwd=place, CKPT_SAVE_DIR=save,
+                 LORA_CHECKPOINT="./ckpt/llama-2-7b-lora")  # fmt: skip
     assert not differs(by_hand, place / "again/mg2hg")
     succeeds(
         "legacy/llama2/ckpt_convert_llama2_legacy2hf.sh", cwd=place, CKPT_LOAD_DIR="model_weights/again",

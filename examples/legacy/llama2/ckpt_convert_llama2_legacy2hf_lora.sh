@@ -6,8 +6,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-7b-legacy}
-LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora}
-CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./model_from_hf/llama-2-7b-hf}
+LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora-legacy}
+CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./model_from_hf/llama-2-7b-hf-legacy}
 
 single convert_ckpt.py \
     --model-type GPT --load-model-type mg --save-model-type hf \

@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-7b-legacy}
-LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora}
+LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora-legacy}
 CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./model_weights/llama-2-7b-lora2legacy}
 TP=${TP:-1}
 PP=${PP:-1}

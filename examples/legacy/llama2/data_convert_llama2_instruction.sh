@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 DATA_FILE=${DATA_FILE:-./dataset/sharegpt.jsonl}
 TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/llama-2-7b-hf}
-OUTPUT_PREFIX=${OUTPUT_PREFIX:-./finetune_dataset/sharegpt}
+OUTPUT_PREFIX=${OUTPUT_PREFIX:-./finetune_dataset/llama-2-7b/sharegpt}
 
 single preprocess_data.py \
     --input "$DATA_FILE" --output-prefix "$OUTPUT_PREFIX" \

@@ -5,11 +5,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CHECKPOINT=${CHECKPOINT:-./model_weights/llama-2-7b-legacy}
-LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora}
+LORA_CHECKPOINT=${LORA_CHECKPOINT:-./ckpt/llama-2-7b-lora-legacy}
 TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/llama-2-7b-hf}
 TASK=${TASK:-mmlu}
 DATA_PATH=${DATA_PATH:-./mmlu/test}
-RESULTS=${RESULTS:-./results/llama-2-7b-lora-$TASK}
+RESULTS=${RESULTS:-./results/llama-2-7b-legacy-lora-$TASK}
 TP=${TP:-1} # devices that share each layer
 PP=${PP:-1} # stages that share the layers
 GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-8}}

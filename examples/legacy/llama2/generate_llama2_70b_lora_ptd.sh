@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CHECKPOINT=${CHECKPOINT:-./model_weights/llama-2-70b-legacy}
-CHECKPOINT_LORA=${CHECKPOINT_LORA:-./ckpt/llama-2-70b-lora}
+CHECKPOINT_LORA=${CHECKPOINT_LORA:-./ckpt/llama-2-70b-lora-legacy}
 TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/llama-2-70b-hf}
 TP=${TP:-4} # devices that share each layer
 PP=${PP:-2} # stages that share the layers

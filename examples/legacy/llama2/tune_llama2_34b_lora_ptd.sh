@@ -5,14 +5,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-34b-legacy}
-CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./ckpt/llama-2-34b-lora}
-DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-2-34b/alpaca}
+CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./ckpt/llama-2-34b-lora-legacy}
+DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-2-7b/sharegpt}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-./model_from_hf/llama-2-34b-hf}
 LORA_CHECKPOINT=${LORA_CHECKPOINT:-$(resumable "$CKPT_SAVE_DIR")} # an adapter to go on from
 TP=${TP:-2} # devices that share each layer
 PP=${PP:-2} # stages that share the layers
 GPUS_PER_NODE=${GPUS_PER_NODE:-${NPUS_PER_NODE:-8}}
-LOG=${LOG:-./logs/tune_llama2_34b_lora_ptd.log}
+LOG=${LOG:-./logs/tune_llama2_34b_legacy_lora_ptd.log}
 
 launch posttrain_gpt.py \
     --stage sft \

@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 DATA_FILE=${DATA_FILE:-./dataset/train-00000-of-00001-a09b74b3ef9c3b56.parquet}
 TOKENIZER_PATH=${TOKENIZER_PATH:-./model_from_hf/llama-2-7b-hf}
-OUTPUT_PREFIX=${OUTPUT_PREFIX:-./finetune_dataset/alpaca}
+OUTPUT_PREFIX=${OUTPUT_PREFIX:-./finetune_dataset/llama-2-7b/alpaca}
 
 single preprocess_data.py \
     --input "$DATA_FILE" --output-prefix "$OUTPUT_PREFIX" \

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-2-13b-mcore}
 CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./ckpt/llama-2-13b-lora}
-DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-2-13b/alpaca}
+DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-2-7b/alpaca}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-./model_from_hf/llama-2-13b-hf}
 LORA_CHECKPOINT=${LORA_CHECKPOINT:-$(resumable "$CKPT_SAVE_DIR")} # an adapter to go on from
 TP=${TP:-2} # devices that share each layer

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-./model_weights/llama-3-70b-mcore}
 CKPT_SAVE_DIR=${CKPT_SAVE_DIR:-./ckpt/llama-3-70b-lora}
-DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-3-70b/alpaca}
+DATA_PATH=${DATA_PATH:-./finetune_dataset/llama-3-8b/alpaca}
 TOKENIZER_MODEL=${TOKENIZER_MODEL:-./model_from_hf/llama-3-70b-hf}
 LORA_CHECKPOINT=${LORA_CHECKPOINT:-$(resumable "$CKPT_SAVE_DIR")} # an adapter to go on from
 TP=${TP:-4} # devices that share each layer
