@@ -95,7 +95,7 @@ def judged(names: str, script: str, place: Path) -> None:
         CHECKPOINT=f"./model_weights/llama-2-7b-{names}", CHECKPOINT_LORA="./ckpt/llama-2-7b-lora/",
         TOKENIZER_PATH=f"./{HF}",
     )  # fmt: skip
-    text = succeeds(f"{names}/llama2/{script}", cwd=place, GPUS_PER_NODE=2)
+    text = succeeds(f"{names}/llama2/{script}", cwd=place, GPUS_PER_NODE=2, LORA_CHECKPOINT="./ckpt/llama-2-7b-lora")
     assert len(re.findall(r"acc = ", text)) >= 1, text
 
 
