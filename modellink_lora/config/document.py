@@ -44,7 +44,18 @@ def parse_document(text: str | bytes, kind: type[T], *, where: str, closed: bool
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, bad UTF-8, an integer of 5,000 digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: not valid JSON ({reason})") from None
+    if not is_unicode(json.dumps(document, ensure_ascii=False)):  # written as \\ud800, which JSON's grammar allows
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character")
     return typed(document, kind, where=where, closed=closed)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether every character of `text` is one, and not half of a surrogate pair, which nothing can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def typed(value: Any, kind: type[T], *, where: str, closed: bool = False) -> T:

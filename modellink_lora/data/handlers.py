@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from modellink_lora.config.document import is_unicode
 from modellink_lora.config.errors import UserError
 from modellink_lora.data import tools
 from modellink_lora.data.prompt import Conversation, Message
@@ -60,12 +61,21 @@ class RecordReader:
             conversation = HANDLERS[self.handler_name].read(record, self.layout)
         except _Unusable as reason:
             return str(reason)
+        if not all(
+            map(is_unicode, (*(m.content for m in conversation.messages), conversation.system, conversation.tools))
+        ):
+            return "text is not valid Unicode"
         question, answer = conversation.messages[-2:]
         if not question.content.strip():
             return "empty question"
         if not answer.content.strip():
             return "empty answer"
         return conversation
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read."""
+        return [column for column in self.layout.columns.values() if column is not None]
 
     def unused(self, columns: Collection[str]) -> list[str]:
         """Columns of the data set that are not read."""

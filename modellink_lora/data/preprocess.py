@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from modellink_lora import __version__
-from modellink_lora.config.errors import UserError
+from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.preprocess import PreprocessConfig
 from modellink_lora.data.corpus import KEYS, CorpusWriter, data_file, sidecar_file, writing_corpus
 from modellink_lora.data.encode import Sample, drop_reason, encode, too_long
@@ -131,13 +131,13 @@ def _say_source(records: Records, reader: RecordReader, columns: list[str], conf
         say(f"not read: {', '.join(file.name for file in records.skipped)}")
     say(f"dataset will use {config.handler_name} to handle dataset")
     if unused := reader.unused(columns):
-        say(f"columns not used: {', '.join(unused)} (--map-keys gives a column a meaning)")
+        say(f"columns not used: {printable(', '.join(unused))} (--map-keys gives a column a meaning)")
 
 
 def _preview(count: int, records: Records, encoder: _Encoder, say: Say) -> None:
     if not count:
         return
-    kept = (sample for sample in map(encoder, records) if isinstance(sample, Sample))
+    kept = (sample for sample in map(encoder, records.rows(encoder.reader.columns)) if isinstance(sample, Sample))
     for number, sample in enumerate(itertools.islice(kept, count)):
         trained = sum(label >= 0 for label in sample.labels)
         say(f"--- sample {number}: {len(sample.input_ids)} tokens, {trained} trained (marked) ---")
@@ -172,9 +172,9 @@ def _write(encoder: _Encoder, records: Records, writer: CorpusWriter, config: Pr
 def _results(encoder: _Encoder, records: Records, workers: int) -> Iterator[Sample | str]:
     """One result per row, in the order of the rows whatever the number of workers."""
     if workers == 1:
-        yield from map(encoder, records)
+        yield from map(encoder, records.rows(encoder.reader.columns))
         return
-    rows = iter(records)
+    rows = records.rows(encoder.reader.columns)
     wave = workers * _TASKS_PER_WAVE * _ROWS_PER_TASK
     # not multiprocessing.Pool: it waits for ever when a worker is killed
     with ProcessPoolExecutor(workers, initializer=_keep, initargs=(encoder,)) as pool:

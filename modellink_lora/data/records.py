@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,31 +28,41 @@ class Records:
     skipped: tuple[Path, ...]  # in the folder, but not of a format that can be read
 
     def __iter__(self) -> Iterator[Row]:
-        return itertools.chain.from_iterable(_FORMATS[self.format](file) for file in self.files)
+        return self.rows(self.columns())
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows with at least these columns, those of a file without one of them left out."""
+        return itertools.chain.from_iterable(_FORMATS[self.format](file, columns) for file in self.files)
 
     def columns(self) -> list[str]:
-        """Names of the columns, in the order they appear in the first rows of every file."""
+        """Names of the columns, in the order they appear in every file, or in the first rows of a JSON file."""
         found: dict[str, None] = {}
         for file in self.files:
-            for row in itertools.islice(_FORMATS[self.format](file), _ROWS_LOOKED_AT):
+            if self.format == "parquet":
+                found.update(dict.fromkeys(_parquet_columns(file)))
+                continue
+            for row in itertools.islice(_json_rows(file), _ROWS_LOOKED_AT):
                 found.update(dict.fromkeys(row))
         return list(found)
 
 
 def open_records(path: str) -> Records:
     """The data set at `path`: a file, a folder (its files, not its subfolders) or a pattern such as `data/*.jsonl`."""
-    given = Path(path)
+    given, hidden = Path(path), []
     if given.is_file():
         if _format_of(given) is None:
             raise UserError(f"--input {path}: cannot read {given.suffix or 'a file without ending'}; {_READABLE}")
         candidates = [given]
     elif given.is_dir():
         candidates = sorted(given.iterdir())
+        hidden = [file for file in candidates if file.name.startswith(".")]
     else:
         candidates = sorted(Path(found) for found in glob.glob(path)) if glob.has_magic(path) else []
+        if given.exists():
+            raise UserError(f"--input {path}: is neither a file nor a folder")
         if not candidates:
             raise UserError(f"--input {path}: no such file or folder; data sets are not downloaded, give a local path")
-    files = [file for file in candidates if file.is_file() and _format_of(file)]
+    files = [file for file in candidates if file.is_file() and _format_of(file) and file not in hidden]
     if not files:
         raise UserError(f"--input {path}: holds no file that can be read; {_READABLE}")
     formats = sorted({_format_of(file) or "" for file in files})
@@ -64,19 +75,41 @@ def open_records(path: str) -> Records:
     return Records(formats[0], tuple(files), skipped)
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
+def _parquet_columns(file: Path) -> list[str]:
+    with _parquet(file) as source:
+        return list(source.schema_arrow.names)
+
+
+@contextlib.contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as source:
-            for batch in source.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: is not a readable parquet file: {error}") from None
+            yield source
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: is not a readable parquet file: {' '.join(str(error).split())}") from None
 
 
-def _json_rows(file: Path) -> Iterator[Row]:
+def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Only what is asked for is read: a value that Python cannot hold does no harm in a column that nobody uses."""
+    read = 0
+    with _parquet(file) as source:
+        names = source.schema_arrow.names
+        if twice := [name for name in columns if names.count(name) > 1]:
+            raise UserError(f"{file}: has two columns called {twice[0]!r}: rename one")
+        for batch in source.iter_batches(batch_size=1000, columns=[name for name in columns if name in names]):
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates beyond the year 9999
+                raise UserError(f"{file}: rows {read} to {read + len(batch) - 1} hold a value that cannot be read "
+                                f"({error}): mend it, or leave its column out with --map-keys") from None  # fmt: skip
+            yield from rows
+            read += len(batch)
+
+
+def _json_rows(file: Path, columns: Sequence[str] = ()) -> Iterator[Row]:
     """Rows of a JSON array or of JSON lines, whichever the first character says; the ending `.json` names both."""
     try:
         with open(file, encoding="utf-8-sig") as source:
@@ -92,6 +125,8 @@ def _array_rows(file: Path, text: str) -> Iterator[Row]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} line {error.lineno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 1,000 deep
+        raise UserError(f"{file}: broken JSON: {error}") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{file}: element {number} of the array is not an object")
@@ -108,12 +143,14 @@ def _line_rows(file: Path, lines: Iterator[str]) -> Iterator[Row]:
             raise UserError(
                 f"{file} line {number}: broken JSON: {error.msg} (expected one object per line, or an array of objects)"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} line {number}: broken JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{file} line {number}: is not an object")
         yield row
 
 
-_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {"parquet": _parquet_rows, "json": _json_rows}
+_FORMATS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {"parquet": _parquet_rows, "json": _json_rows}
 _ENDINGS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _READABLE = f"{', '.join(_ENDINGS)} files are read"
 

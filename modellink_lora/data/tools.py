@@ -40,7 +40,7 @@ def call_text(value: Any) -> str:
 def _function(tool: Any) -> Mapping[str, Any]:
     """The description proper; OpenAI's lists keep it below the key `function`."""
     inner = tool.get("function", tool) if isinstance(tool, Mapping) else tool
-    if not isinstance(inner, Mapping) or not inner.get("name"):
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise ValueError("a tool has no name")
     return inner
 
@@ -57,6 +57,8 @@ def _entry(function: Mapping[str, Any]) -> str:
     if not isinstance(properties, Mapping):
         raise ValueError("the parameters of a tool are not an object")
     required = parameters.get("required") or [] if isinstance(parameters, Mapping) else []
+    if not isinstance(required, list):
+        raise ValueError("what a tool requires is not a list")
     lines = [f"> Tool Name: {function['name']}", f"Tool Description: {function.get('description') or ''}", "Tool Args:"]
     for name, about in properties.items():
         about = about if isinstance(about, Mapping) else {}
@@ -73,10 +75,13 @@ def _entry(function: Mapping[str, Any]) -> str:
 def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{what} are not JSON" if what == "tools" else f"{what} is not JSON") from None
 
 
 def _json(value: Any) -> str:
     # arguments that came as text are the JSON text itself
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # dates, decimals and bytes of a parquet file
+        raise ValueError("tools hold a value that JSON has no form for") from None

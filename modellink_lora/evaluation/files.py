@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modellink_lora.config.document import parse_document
 from modellink_lora.config.errors import UserError
 
 csv.field_size_limit(2**27)
@@ -144,18 +145,12 @@ def read_text(file: Path) -> str:
         return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not UTF-8 text ({error})") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def _object(text: str, file: Path, line: int) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} line {line + error.lineno - 1}: broken JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} line {line}: is not a JSON object")
-    return value
+    return parse_document(text, dict[str, Any], where=f"{file} line {line}")
 
 
 def train_shots(train: Sequence[Path], wanted: int, *, folder: Path, task: str) -> list[Row]:

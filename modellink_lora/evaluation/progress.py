@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import read_document, read_text
 from modellink_lora.config.errors import UserError
 
 SETTINGS, ITEMS = "settings.json", "items.jsonl"
@@ -82,10 +83,7 @@ class Progress:
 def _compare(file: Path, settings: Mapping[str, Any]) -> None:
     if not file.is_file():
         return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        found = {}
+    found = read_document(file, dict[str, Any])
     wanted = json.loads(json.dumps(settings))
     differing = [key for key in wanted | found if wanted.get(key) != found.get(key)]
     if differing:
@@ -109,12 +107,12 @@ def _mend(file: Path) -> None:
 
 def _read(file: Path) -> list[Record]:
     records = []
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+    lines = read_text(file).split("\n") if file.is_file() else [""]
     for number, line in enumerate(lines[:-1], start=1):  # behind the last line end stands nothing, or a torn line
         try:
             record = json.loads(line)
             key_of(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file} line {number}: is damaged; give --overwrite to evaluate afresh") from None
         records.append(record)
     return records

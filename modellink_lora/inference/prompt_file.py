@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from modellink_lora.config.document import parse_document, read_text
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import DEFAULT_PROMPT, InferConfig
 
@@ -36,18 +36,12 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts in `path`. Raises UserError for a missing or empty file and for anything that is not text."""
     if not path.is_file():
         raise UserError(f"--prompt-file {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {path}: not UTF-8 text ({error})") from None
+    text = read_text(path)
     if path.suffix == ".txt":
         prompts = [line for line in text.splitlines() if line.strip()]
     else:
-        try:
-            prompts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--prompt-file {path}: not valid JSON ({error})") from None
-        if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        prompts = parse_document(text, list[str], where=f"--prompt-file {path}")
+        if not all(prompts):
             raise UserError(f'--prompt-file {path}: must be a JSON list of texts such as ["Who are you?"]')
     if not prompts:
         raise UserError(f"--prompt-file {path}: holds no prompt")
@@ -58,10 +52,7 @@ def read_conversations(path: Path) -> list[Prompt]:
     """The prompts of a .jsonl file: {"prompt": text} or {"messages": [..]} on each line."""
     if not path.is_file():
         raise UserError(f"--prompt-file {path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {path}: not UTF-8 text ({error})") from None
+    lines = read_text(path).split("\n")
     prompts = [_prompt_of(line, f"--prompt-file {path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise UserError(f"--prompt-file {path}: holds no prompt")
@@ -69,10 +60,7 @@ def read_conversations(path: Path) -> list[Prompt]:
 
 
 def _prompt_of(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
+    row = parse_document(line, Any, where=where)
     if isinstance(row, dict):
         if isinstance(row.get("prompt"), str) and row["prompt"]:
             return row["prompt"]

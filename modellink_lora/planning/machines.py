@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.plan import PlanConfig
 from modellink_lora.planning.cost import Link, Machine
@@ -109,11 +110,13 @@ def calibrated(path: Path, config: PlanConfig) -> tuple[Machine, dict[str, Any]]
     if not path.is_file():
         raise UserError(f"--calibration {path}: no such file; measure with --calibrate")
     try:
-        stored = json.loads(path.read_text())
+        stored = read_document(path, dict[str, Any])
         facts = stored.pop("measured on")
         for name in ("inside", "between", "scatter"):
             stored[name] = Link(**stored[name]) if stored[name] else None
         machine = Machine(**stored)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--calibration {path}: not a calibration of this version ({error}); measure anew") from None
     if facts["dtype"] != config.dtype:

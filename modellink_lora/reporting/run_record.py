@@ -15,6 +15,7 @@ from typing import Any
 
 from modellink_lora import __version__
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
 
 RECORD = "run.json"
@@ -135,9 +136,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no {RECORD}: give the --save folder of a training run")
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_document(path, dict[str, Any])
         newer = record["format"] > FORMAT
         assert newer or record["sessions"][-1]["status"]
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AssertionError) as error:
         raise UserError(f"{path} is not the record of a training run ({error!r})") from None
     if newer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import parse_document, read_text
+from modellink_lora.config.errors import UserError
 from modellink_lora.reporting.run_record import RUNNING, read_record
 from modellink_lora.reporting.time_split import PARTS, mean_split
 
@@ -21,11 +22,11 @@ MOST_PROCESSES = 64  # rows of the table of processes; a larger job is summed up
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; nothing if there is none. A last line that a killed run left unfinished is left out."""
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_text(path).splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(parse_document(line, dict[str, Any], where=f"{path} line {number}"))
+        except UserError:
             if number < len(lines):
                 raise
     return rows

@@ -77,7 +77,7 @@ def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"test.jsonl line 2: the answer does not end with ####"):
         items("gsm8k", tmp_path, num_shots=0)
     (tmp_path / "test.jsonl").write_text('{"question": \n')
-    with pytest.raises(UserError, match=r"test.jsonl line 1: broken JSON"):
+    with pytest.raises(UserError, match=r"test.jsonl line 1: not valid JSON"):
         items("gsm8k", tmp_path, num_shots=0)
     write(tmp_path / "test.jsonl", [{"answer": True, "passage": "x"}])
     with pytest.raises(UserError, match=r"test.jsonl line 1: 'question' is missing"):

@@ -157,7 +157,7 @@ def test_only_the_last_line_of_the_metrics_may_be_unfinished(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no run.json"), ("{}", "is not the record"), ("[", "is not the record"),
+        (None, "holds no run.json"), ("{}", "is not the record"), ("[", "not valid JSON"),
         ('{"format": 99, "sessions": []}', "newer version"),
     ],
 )  # fmt: skip
