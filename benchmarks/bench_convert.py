@@ -82,7 +82,7 @@ def peft(folder: Path) -> Callable[[], object]:
     from transformers import AutoModelForCausalLM
 
     def work() -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16, trust_remote_code=False)
         merged = PeftModel.from_pretrained(model, str(folder / "peft")).merge_and_unload()
         merged.save_pretrained(folder / "out")
         subprocess.run(["sync", *(str(path) for path in (folder / "out").iterdir())], check=True)

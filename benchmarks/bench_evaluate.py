@@ -67,8 +67,14 @@ def bench(layers: int, count: int, rounds: int) -> dict[str, Any]:
         make_tokenizer(folder / "hf")
         convert(folder / "hf", folder / "mg", to="mg")
         convert(folder / "mg", folder / "merged", to="hf", lora_load=str(folder / "adapter"))
-        merged = AutoModelForCausalLM.from_pretrained(folder / "merged/mg2hg", dtype=torch.float32)
-        theirs = HFLM(pretrained=merged, tokenizer=AutoTokenizer.from_pretrained(folder / "hf"), batch_size=BATCH)
+        merged = AutoModelForCausalLM.from_pretrained(
+            folder / "merged/mg2hg", dtype=torch.float32, trust_remote_code=False
+        )
+        theirs = HFLM(
+            pretrained=merged,
+            tokenizer=AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=False),
+            batch_size=BATCH,
+        )
         start_processes("gloo", rank=0, world_size=1, init_method=f"file://{folder}/rendezvous", timeout_minutes=5)
         config = EngineConfig(load=str(folder / "hf"), lora_load=str(folder / "adapter"), max_batch_size=BATCH)
         with open_engine(config, ParallelConfig(), model_flags={}, lora_flags={}, device=device, torch_device=here,

@@ -47,7 +47,9 @@ def reference_models(folder: Path, device: Any, dtype: Any) -> dict[str, Any]:
 
     models: dict[str, Any] = {}
     for name in PAIRS.values():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype).to(device).eval()
+        model: Any = (
+            AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype, trust_remote_code=False).to(device).eval()
+        )
         models[name] = PeftModel.from_pretrained(model, folder / "lora").eval() if name == "PEFT" else model
         models[name].generation_config.eos_token_id = None
     return models

@@ -60,8 +60,8 @@ def main() -> None:
     prompts, ids, megatron = read_logits(given.logits)
     results = []
     for folder in given.models:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         with torch.no_grad():
             differences = [
                 float((model(i[None]).logits[0] - m).abs().max()) for i, m in zip(ids, megatron, strict=True)

@@ -28,8 +28,8 @@ def convert(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = gguf_folder()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32, trust_remote_code=False)
     # the weights are plain fp32 now, but save_pretrained refuses while these say "gguf"
     del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):

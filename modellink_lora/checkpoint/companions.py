@@ -11,10 +11,20 @@ from pathlib import Path
 
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".npz",
-    ".npy", ".tflite", ".pkl", ".pickle", ".distcp", ".tar", ".zip", ".gz", ".tmp", ".incomplete", ".lock",
+    ".npy", ".tflite", ".pkl", ".pickle", ".distcp", ".tar", ".zip", ".gz", ".tmp", ".incomplete", ".lock", ".ot",
+    ".nemo", ".pdparams",
 )  # fmt: skip
 # README: a model card describes the base and its scores, not what it becomes. adapter_*: transformers would load it.
-_NOT_TAKEN = ("*.index.json", "consolidated*", "adapter_*", "README*", "merge_report.json", "trainer_state.json")
+_NOT_TAKEN = (
+    "*.index.json", "*.index.*.json", "*.ckpt.*", "consolidated*", "adapter_*", "README*", "merge_report.json",
+    "trainer_state.json",
+)  # fmt: skip
+# files that are read wherever a link leads; people link one tokenizer into several model folders
+_READ_BY_NAME = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "tekken.json",
+}  # fmt: skip
 _FOLDERS = ("additional_chat_templates",)  # of the subfolders, which transformers reads
 _LARGEST = 256 << 20  # bytes; the largest vocabularies have a tenth of it
 
@@ -41,6 +51,8 @@ def _is_companion(path: Path, folder: Path) -> bool:
         return False
     if not path.is_file() or path.stat().st_size > _LARGEST:
         return False
+    # links of files and of subfolders lead into the folder, or into the blobs of a download cache; any other may lead
+    # to somebody's private file
     real = path.resolve()
-    # links lead into the folder, or into the blobs of a download cache; any other may be somebody's private file
-    return not path.is_symlink() or real.is_relative_to(folder.resolve()) or real.parent.name == "blobs"
+    inside = real.is_relative_to(folder.resolve()) or real.parent.name == "blobs"
+    return inside or (path.parent == folder and path.name in _READ_BY_NAME)

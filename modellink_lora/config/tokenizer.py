@@ -12,5 +12,5 @@ def trust_remote_code_flag() -> Any:
     return flag(
         False,
         "run the Python files that the tokenizer's folder names in auto_map, which Baichuan, ChatGLM, InternLM, Index "
-        "and Qwen 1 need; without it such a folder is refused, and nothing asks",
+        "MiniCPM and Qwen 1 need; without it such a folder is refused, and nothing asks",
     )

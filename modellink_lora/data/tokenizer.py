@@ -66,7 +66,7 @@ def _read(path: str | Path, use_fast: bool, trust_remote_code: bool) -> Any:
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.json").is_file():
         raise UserError(f"--tokenizer-name-or-path {path}: holds no tokenizer (tokenizer.json or tokenizer.model)")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, use_fast=use_fast, local_files_only=True, model_max_length=_NO_LIMIT,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
@@ -79,16 +79,53 @@ def _read(path: str | Path, use_fast: bool, trust_remote_code: bool) -> Any:
             ) from None
         reason = _unknown_class(folder) or " ".join(str(error).split())
         raise UserError(f"--tokenizer-name-or-path {path}: cannot be loaded: {reason}") from error
+    if _is_llama_sentencepiece(folder, tokenizer):
+        _compare_with_sentencepiece(folder, tokenizer, path)
+    return tokenizer
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    return read_document(folder / name, dict[str, Any]) if (folder / name).is_file() else {}
+
+
+def _is_llama_sentencepiece(folder: Path, tokenizer: Any) -> bool:
+    """Whether the ids are to be those that sentencepiece itself gives for the folder's tokenizer.model."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return False
+    settings = _settings(folder, "tokenizer_config.json")
+    if settings.get("add_prefix_space") is False or not type(tokenizer).__module__.startswith("transformers."):
+        return False
+    named = settings.get("tokenizer_class")
+    if named is None:
+        return _settings(folder, "config.json").get("model_type") in ("llama", "mistral", "mixtral")
+    return named in ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def _compare_with_sentencepiece(folder: Path, tokenizer: Any, path: str | Path) -> None:
+    """transformers chooses the class by config.json's model_type too, and some of them drop the leading space."""
+    from sentencepiece import SentencePieceProcessor
+
+    text = "Human: what is it?"
+    if tokenizer.encode(text, add_special_tokens=False) != SentencePieceProcessor(
+        model_file=str(folder / "tokenizer.model")
+    ).encode(text):
+        raise UserError(
+            f"--tokenizer-name-or-path {path}: transformers reads tokenizer.model as {type(tokenizer).__name__}, which "
+            "gives other ids than the file itself; put the publisher's tokenizer.json beside it"
+        )
 
 
 def _unknown_class(folder: Path) -> str | None:
     """That the folder names a class which transformers does not have; None where that is not the reason."""
     import transformers
 
-    settings = folder / "tokenizer_config.json"
-    name = read_document(settings, dict[str, Any]).get("tokenizer_class") if settings.is_file() else None
+    settings = _settings(folder, "tokenizer_config.json")
+    name, code = settings.get("tokenizer_class"), settings.get("auto_map")
     if not isinstance(name, str) or hasattr(transformers, name):
         return None
+    named = code.get("AutoTokenizer") if isinstance(code, dict) else None
+    if any(named) if isinstance(named, list) else named:
+        return None  # its code ran, and the error is its own
     return f"tokenizer_class {name} is unknown to transformers, and the folder brings no code for it"
 
 

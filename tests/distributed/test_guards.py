@@ -300,12 +300,16 @@ def of_two_runs(folder: Path) -> None:
 
 
 DATA_CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "ids past the embedding": (beyond, {}, "the model has 259 tokens: preprocess with this model's own tokenizer"),
+    "ids past the embedding": (
+        beyond,
+        {},
+        "among its input_ids, but the model has 259 tokens: preprocess with this model's own tokenizer",
+    ),
     "another template": (retemplated, {"prompt_type": "llama2"}, "--prompt-type llama2 contradicts"),
     "labels of another set": (of_two_runs, {}, "the files are not of one run"),
 }
 REMOVALS: dict[str, tuple[str, Any]] = {
-    "ids past the embedding": ("modellink_lora.data.corpus.InstructionCorpus.max_token_id", lambda self: 0),
+    "ids past the embedding": ("modellink_lora.training.data.check_corpus", lambda corpus, size: ""),
     "another template": ("modellink_lora.training.data._check_origin", nothing),
     "labels of another set": ("modellink_lora.data.corpus._require_same_lengths", nothing),
     "nothing to train": (f"{GUARDS}.before_update", nothing),

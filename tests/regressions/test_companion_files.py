@@ -18,7 +18,7 @@ KEPT = {
 LEFT = (
     "README.md", "pytorch_model.bin", "consolidated.00.pth", "original/params.json", "model.gguf", "rust_model.ot.onnx",
     ".gitattributes", ".cache/x", "adapter_config.json", "flax_model.msgpack", "checkpoint-500/config.json",
-    "model.safetensors.index.json.tmp",
+    "model.safetensors.index.json.tmp", "model.safetensors.index.fp16.json", "rust_model.ot",
 )  # fmt: skip
 
 
@@ -61,3 +61,19 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "m/loop.txt").symlink_to("loop.txt")
     (tmp_path / "m/a.txt").write_text("a")
     assert companions(tmp_path / "m") == ["a.txt"]
+
+
+def test_a_tokenizer_that_is_linked_from_another_folder_is_copied(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "m/tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    assert companions(tmp_path / "m") == ["tokenizer.json"]
+
+
+def test_a_subfolder_that_is_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "private").mkdir()
+    for name in ("key.txt", "tokenizer.json"):
+        (tmp_path / "private" / name).write_text("secret")
+    (tmp_path / "m/additional_chat_templates").symlink_to(tmp_path / "private")
+    assert companions(tmp_path / "m") == []

@@ -90,8 +90,43 @@ def test_a_class_that_nobody_knows_is_named(tokenizer: tuple[Path, Path]) -> Non
         load_tokenizer(folder)
 
 
+def test_the_reason_of_code_that_fails_is_its_own(
+    tokenizer: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, _ = tokenizer
+    late = "    def __init__(self, **k):\n        raise AttributeError('no attribute sp_model')\n"
+    (folder / "tokenization_own.py").write_text(CODE.format(marker=str(tmp_path / "ran")).replace("    pass\n", late))
+    with pytest.raises(UserError, match=r"cannot be loaded: .*no attribute sp_model"):
+        load_tokenizer(folder, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral"])
+@pytest.mark.parametrize("named", ["LlamaTokenizer", None])
+def test_ids_of_a_sentencepiece_file_are_its_own_or_refused(tmp_path: Path, family: str, named: str | None) -> None:
+    import sentencepiece
+
+    (tmp_path / "text").write_text("Human: what is it?\nIt is the city of Paris.\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    try:
+        found = load_tokenizer(tmp_path).encode("what is Paris", add_special_tokens=False)
+    except UserError as error:
+        assert "gives other ids than the file itself" in str(error)
+    else:
+        assert found == own.encode("what is Paris")
+
+
 def test_every_load_by_transformers_says_whether_code_is_trusted() -> None:
-    sources = sorted((ROOT / "modellink_lora").rglob("*.py"))
+    sources = [s for f in ("modellink_lora", "examples", "benchmarks") for s in sorted((ROOT / f).rglob("*.py"))]
     for source, node in ((s, n) for s in sources for n in ast.walk(ast.parse(s.read_text(encoding="utf-8")))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = ast.unparse(node.func.value)

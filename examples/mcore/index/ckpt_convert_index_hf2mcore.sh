@@ -1,6 +1,7 @@
 #!/bin/bash
 # Index from Hugging Face to Megatron, mcore names. Every layout reads every other;
 # TP and PP only say how many files there are.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

@@ -2,6 +2,7 @@
 # Merge an adapter into Index, mcore names, and export it to Hugging Face in CKPT_SAVE_DIR/mg2hg.
 # Rank, alpha and targets are read from the adapter.
 # CKPT_SAVE_DIR is the folder of the original model: its config.json and tokenizer go with the weights.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

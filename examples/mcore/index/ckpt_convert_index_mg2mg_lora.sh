@@ -1,6 +1,7 @@
 #!/bin/bash
 # Merge an adapter into Index, mcore names: a base without adapter, at any layout.
 # Rank, alpha and targets are read from the adapter.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

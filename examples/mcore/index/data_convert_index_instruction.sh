@@ -1,5 +1,6 @@
 #!/bin/bash
 # Tokens of instructions in Alpaca's form for Index: six files that begin with OUTPUT_PREFIX.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Index-1.9B with and without its adapter, mcore names, on MMLU or another TASK.
 # Copies of the model share the questions. A run that was interrupted goes on where it stopped.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

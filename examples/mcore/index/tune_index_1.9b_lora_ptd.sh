@@ -1,6 +1,7 @@
 #!/bin/bash
 # LoRA on Index-1.9B, mcore names, on 8 devices of 64 GB.
 # Started again, it goes on from its newest checkpoint in CKPT_SAVE_DIR.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

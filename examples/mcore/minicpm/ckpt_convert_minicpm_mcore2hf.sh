@@ -1,6 +1,7 @@
 #!/bin/bash
 # Export MiniCPM, mcore names, to Hugging Face in CKPT_SAVE_DIR/mg2hg.
 # CKPT_SAVE_DIR is the folder of the original model: its config.json and tokenizer go with the weights.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Answers of MiniCPM-2B, mcore names.
 # All of greedy, sampling and beams; `--task greedy --prompt "…"` gives one answer, `--task chat` a chat.
+# Where the publisher's tokenizer is Python code, add --trust-remote-code once you have read it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../launch.sh"
 
