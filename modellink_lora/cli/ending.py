@@ -103,5 +103,5 @@ def outlast_readers() -> None:
     """Let the program go on, and save, when nobody reads its output any more: `| head`, a `tee` that was killed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, _Lasting):
+        if stream is not None and not isinstance(stream, _Lasting):  # it is None where it was closed: `>&-`
             setattr(sys, name, _Lasting(stream))

@@ -32,11 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_listing())
-        return 0
+        return run(lambda: print(_listing(), flush=True))
     if words[0] == "--version":
-        print(f"modellink_lora {__version__}")
-        return 0
+        return run(lambda: print(f"modellink_lora {__version__}", flush=True))
     if words[0] not in JOBS:
         print(f"modellink-lora: error: no job {words[0]!r}; choose {', '.join(JOBS)}", file=sys.stderr)
         return 2
@@ -61,6 +59,9 @@ def run(job: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{_rank_prefix()}stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; nothing more can be printed, at the end of Python either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # 128 + SIGPIPE, as of a program that does not catch it
     except Exception as error:
         mendable = as_user_error(error)
         if mendable is None:

@@ -39,7 +39,7 @@ class InferConfig:
     num_beams: int = flag(2, "beams of a beam search", at_least=1)
     length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
     stop: tuple[str, ...] = flag((), "further texts that end an answer")
-    adapter_scale: float = flag(1.0, "strength of the adapter: 0 is the base, 1 as trained")
+    adapter_scale: float = flag(1.0, "strength of the adapter: 0 is the base, 1 as trained", at_least=-1e6, at_most=1e6)
     history_turns: int = flag(3, "questions that a chat remembers, the newest included", at_least=1)
     host: str = flag("127.0.0.1", "address that server and web page listen on; by default this machine only")
     port: int | None = flag(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import pytest
 import torch
 
 from modellink_lora.cli.main import run
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +71,16 @@ def test_refusals_are_one_line(
     assert run(lambda: job(tmp_path) and None) == 1  # type: ignore[func-returns-value]
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "modellink_lora"], ["posttrain_gpt.py", "--help"], ["convert_ckpt.py", "--help"]]
+)
+@pytest.mark.parametrize("end", ["| head -n 1", ">&-", "> /dev/full", "| true"])
+def test_an_output_that_nobody_takes_is_no_traceback(words: list[str], end: str) -> None:
+    command = f"{shlex.join([sys.executable, *words])} {end}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
 def test_an_error_of_the_program_is_not_hidden() -> None:
