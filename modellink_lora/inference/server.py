@@ -47,7 +47,7 @@ def serve(
     with Listening(application, listener, limits) as listening:
         say(f"serving {', '.join(reader.models)} at {address_of(listener)}/v1; Ctrl-C ends")
         if not is_loopback(config.host) and not config.api_key:
-            say(f"warning: --host {config.host} is open to other machines and nobody is asked for a key; see --api-key")
+            say(f"warning: --host {config.host} is open to other machines without a key; see --api-key-file")
         worker.run(stopping, closing=listening.close)
     say("the server has ended")
 

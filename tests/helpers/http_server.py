@@ -26,7 +26,7 @@ class Letters:
     """
 
     choices = ("tuned",)
-    max_length, vocab_size = 64, 128
+    max_length, vocab_size, has_template = 64, 128, False
     stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, logprob: float = -0.5) -> None:
@@ -36,6 +36,8 @@ class Letters:
 
     def plain(self, text: str) -> list[int]:
         return list(text.encode())
+
+    text = plain
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if messages[-1]["role"] != "user":
