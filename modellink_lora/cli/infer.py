@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 from modellink_lora.cli.accepted import INFERENCE_ACCEPTED, INFERENCE_REFUSED
 from modellink_lora.cli.flags import Parser, build_parser
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import joined
 from modellink_lora.config.adapter import LoraConfig
+from modellink_lora.config.document import read_text
 from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.infer import InferConfig, without_effect
+from modellink_lora.config.infer import KEY_VARIABLE, InferConfig, check_api_key, without_effect
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.parallel import ParallelConfig
 
@@ -34,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from modellink_lora.inference.listening import open_socket
     from modellink_lora.inference.prompt_file import prompts_of
 
+    if last in _PACKAGES and launch.is_first:
+        config = _with_key(config)
     prompts = prompts_of(config) if config.batch_tasks else []
     stopping, listener = _Wish(), None
     with contextlib.ExitStack() as held:
@@ -93,6 +99,21 @@ def _check(parallel: ParallelConfig, launch: Launch, last: str | None) -> None:
         )
     if missing := [name for name in _PACKAGES.get(last or "", ()) if find_spec(name) is None]:
         raise UserError(f"--task {last} needs {', '.join(missing)}: pip install modellink_lora[web]")
+
+
+def _with_key(config: InferConfig) -> InferConfig:
+    """`config` with the key of the flag, else of the flag's file, else of the environment; UserError for a bad one."""
+    if config.api_key is not None:
+        return config
+    if config.api_key_file is not None:
+        key = read_text(Path(config.api_key_file)).removesuffix("\n").removesuffix("\r")
+        where = f"--api-key-file {config.api_key_file}"
+    elif KEY_VARIABLE in os.environ:
+        key, where = os.environ[KEY_VARIABLE], f"{KEY_VARIABLE} in the environment"
+    else:
+        return config
+    check_api_key(key, where)
+    return replace(config, api_key=key, api_key_file=None)
 
 
 class _Wish:

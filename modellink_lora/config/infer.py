@@ -11,6 +11,8 @@ from modellink_lora.config.flag import check_ranges, flag
 BATCH_TASKS = ("greedy", "do_sample", "beam_search", "beam_search_with_sampling")
 TASKS = (*BATCH_TASKS, "chat", "server", "web")
 DEFAULT_PROMPT = "how are you?"
+KEY_VARIABLE = "MODELLINK_LORA_API_KEY"
+_LONGEST_KEY = 1024
 _PORTS = {"server": 8000, "web": 7860}
 
 
@@ -45,9 +47,14 @@ class InferConfig:
     port: int | None = flag(
         None, "port of server (default 8000) or web page (default 7860); 0 takes a free one", at_least=0, at_most=65535
     )
-    api_key: str | None = flag(None, "ask clients of the server for this key (Authorization: Bearer KEY)")
+    api_key: str | None = flag(
+        None,
+        "ask for this key: clients of the server as Authorization: Bearer KEY, browsers as the password of any user; "
+        f"other users of this machine see it in `ps`: prefer --api-key-file or the variable {KEY_VARIABLE}",
+    )
+    api_key_file: str | None = flag(None, "read the key of --api-key from this file, of one line")
     max_waiting: int = flag(256, "requests that may wait for their turn; more are answered with status 429", at_least=1)
-    max_request_bytes: int = flag(1 << 20, "longest request the server reads", at_least=1)
+    max_request_bytes: int = flag(1 << 20, "longest request that server and web page read", at_least=1)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -55,6 +62,10 @@ class InferConfig:
         _check(all(self.prompt), "--prompt", "''", "is empty: write something")
         if self.prompt and self.prompt_file:
             raise UserError("--prompt and --prompt-file exclude each other: give one")
+        if self.api_key is not None and self.api_key_file is not None:
+            raise UserError("--api-key and --api-key-file exclude each other: give one")
+        if self.api_key is not None:
+            check_api_key(self.api_key, "--api-key")
         endless = [task for task in self.task if task not in BATCH_TASKS]
         if len(set(endless)) > 1 or (endless and self.task[-1] != endless[0]):
             raise UserError(
@@ -84,6 +95,16 @@ class InferConfig:
         return _PORTS[task] if self.port is None else self.port
 
 
+def check_api_key(key: str, where: str) -> None:
+    """Raise UserError, which begins with `where` and does not show the key, for one that no client could send."""
+    if not key:
+        raise UserError(f"{where}: the key is empty: nobody would be kept out; write one, or leave it out")
+    if not key.isprintable() or key != key.strip() or len(key) > _LONGEST_KEY:
+        raise UserError(
+            f"{where}: a key is one line of at most {_LONGEST_KEY} printable characters, without blanks around it"
+        )
+
+
 def _check(right: bool, flag: str, value: object, advice: str) -> None:
     if not right:
         raise UserError(f"{flag} {value}: {advice}")
@@ -96,8 +117,7 @@ _EFFECT = {
     **dict.fromkeys(("prompt", "prompt_file"), BATCH_TASKS),
     **dict.fromkeys(("num_beams", "length_penalty"), _BEAM),
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), _SAMPLED),
-    **dict.fromkeys(("host", "port", "max_waiting"), _LISTENING),
-    **dict.fromkeys(("api_key", "max_request_bytes"), ("server",)),
+    **dict.fromkeys(("host", "port", "max_waiting", "max_request_bytes", "api_key", "api_key_file"), _LISTENING),
     "repetition_penalty": ("greedy", "beam_search", *_SAMPLED),
     "history_turns": ("chat", "web"),
 }

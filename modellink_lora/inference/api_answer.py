@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -98,8 +99,8 @@ class Writer:
             offset += len(token.text)
         return {
             "tokens": [self._text_of(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._text_of(id): value for id, value in token.top} for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [{self._text_of(id): _finite(value) for id, value in token.top} for token in tokens],
             "text_offset": offsets,
         }
 
@@ -109,7 +110,12 @@ class Writer:
 
     def _likely(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._text_of(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999 for a token without a chance."""
+    return logprob if math.isfinite(logprob) else -9999.0
 
 
 def _inside(tokens: Sequence[Token]) -> Sequence[Token]:

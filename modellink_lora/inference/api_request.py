@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from modellink_lora.config.errors import UserError
+from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.infer import InferConfig
+from modellink_lora.inference.api_error import ApiError
 from modellink_lora.inference.prompt_file import ROLES
 from modellink_lora.inference.request import BASE, Choice, Request, default_choice
 from modellink_lora.inference.tasks import sampling_of
 
 _MOST_TOP = 20  # of the tokens reported beside each chosen one
 _MOST_STOPS = 16
+_SEED_BITS = (1 << 63) - 1
+_GREATEST = 100.0  # of factors: what they multiply must not overflow
 # taken without effect: they say who asks, or how the service keeps and bills
 _HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -34,19 +37,6 @@ _REASONS = {
     "echo": "prompts are not repeated in the answer, nor scored; send max_tokens and read the answer alone",
     "best_of": "answers are not ranked; ask for n of them with logprobs",
 }
-
-
-class ApiError(Exception):
-    """An answer with a status of 4xx or 5xx, in OpenAI's words."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -103,17 +93,17 @@ class Reader:
         for ids in prompts:
             room = self._room(len(ids), wanted, "messages" if chat else "prompt")
             for number in range(n):
-                sampling = replace(request.sampling, seed=first + number)
+                sampling = replace(request.sampling, seed=(first + number) & _SEED_BITS)
                 requests.append(replace(request, ids=tuple(ids), max_new_tokens=room, sampling=sampling))
         return Asked(choice.adapter, chat, tuple(requests), sum(map(len, prompts)), top, stream, include_usage)
 
     def _choice(self, fields: _Fields) -> Choice:
-        scale = fields.number("adapter_scale", self._config.adapter_scale)
+        scale = fields.number("adapter_scale", self._config.adapter_scale, least=-_GREATEST, most=_GREATEST)
         name = fields.take("model", None, str, "a text")
         if name is None:
             return default_choice(self._engine.choices, scale)
         if name not in self.models:
-            raise ApiError(404, f"the model {name!r} does not exist; there are {', '.join(self.models)}",
+            raise ApiError(404, f"the model {short(name)} does not exist; there are {', '.join(self.models)}",
                            param="model", code="model_not_found")  # fmt: skip
         return Choice(name, scale)
 
@@ -121,17 +111,20 @@ class Reader:
         defaults = sampling_of(self._config, seed=0)
         sampling = replace(
             defaults,
-            temperature=fields.number("temperature", defaults.temperature, least=0.0, most=100.0),
+            temperature=fields.number("temperature", defaults.temperature, least=0.0, most=_GREATEST),
             top_k=max(0, fields.whole("top_k", defaults.top_k, least=-1)),  # other servers write -1 for all
             top_p=fields.number("top_p", defaults.top_p, above=0.0, most=1.0),
             min_p=fields.number("min_p", defaults.min_p, least=0.0, most=1.0),
-            repetition_penalty=fields.number("repetition_penalty", defaults.repetition_penalty, above=0.0),
-            seed=fields.whole("seed", 0, least=-(1 << 63), most=(1 << 63) - 1) & ((1 << 63) - 1),
+            repetition_penalty=fields.number(
+                "repetition_penalty", defaults.repetition_penalty, least=1 / _GREATEST, most=_GREATEST
+            ),
+            seed=fields.whole("seed", 0, least=-(1 << 63), most=_SEED_BITS) & _SEED_BITS,
         )
         stop = fields.take("stop", (), (str, list), "a text or a list of texts")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if len(stop) > _MOST_STOPS or not all(isinstance(text, str) and text for text in stop):
             raise ApiError(400, f"stop must be at most {_MOST_STOPS} texts, none of them empty", param="stop")
+        stop = tuple(_encodable(text, "stop") for text in stop)
         stops = (*self._config.stop, *stop)
         return Request((), 1, sampling, self._prompter.stop_ids, stops, choice, top)
 
@@ -186,7 +179,7 @@ class _Fields:
     def take(self, name: str, default: Any, kind: type | tuple[type, ...], called: str) -> Any:
         value = self._left.pop(name, default)
         if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ApiError(400, f"{name} must be {called}, not {_short(value)}", param=name)
+            raise ApiError(400, f"{name} must be {called}, not {short(value)}", param=name)
         return value
 
     def has(self, name: str) -> bool:
@@ -216,7 +209,7 @@ class _Fields:
                 word for word, limit in ((f"at least {least}", least), (f"at most {most}", most))
                 if limit is not None and abs(limit) != math.inf
             )  # fmt: skip
-            raise ApiError(400, f"{name} {_short(value)}: must be {limits or 'a finite number'}", param=name)
+            raise ApiError(400, f"{name} {short(value)}: must be {limits or 'a finite number'}", param=name)
         return value
 
     def refuse_others(self) -> None:
@@ -225,9 +218,9 @@ class _Fields:
                 continue
             if name in _NEUTRAL:
                 why = _REASONS.get(name, "leave it out")
-                raise ApiError(400, f"{name} {_short(value)} is not supported: {why}", param=name,
+                raise ApiError(400, f"{name} {short(value)} is not supported: {why}", param=name,
                                code="unsupported_parameter")  # fmt: skip
-            raise ApiError(400, f"unknown field {_short(name)}: it is not supported here", param=name,
+            raise ApiError(400, f"unknown field {short(name)}: it is not supported here", param=name,
                            code="unknown_parameter")  # fmt: skip
 
 
@@ -268,7 +261,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise ApiError(400, f"{where} must be an object with a role and a content", param=where)
     role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ROLES:
-        raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {_short(role)}", param=where)
+        raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, not {short(role)}", param=where)
     content = message.get("content")
     if isinstance(content, list):
         texts = [
@@ -279,7 +272,8 @@ def _message(message: Any, where: str) -> dict[str, str]:
         raise ApiError(400, f"{where}.content must be a text, or a list of parts of type text", param=where)
     others = [name for name in message if name not in ("role", "content", "name") and message[name]]
     if others:
-        raise ApiError(400, f"{where}.{others[0]} is not supported", param=where, code="unsupported_parameter")
+        raise ApiError(400, f"{where}: the field {short(others[0])} is not supported", param=where,
+                       code="unsupported_parameter")  # fmt: skip
     return {"role": role, "content": _encodable(content, where)}
 
 
@@ -302,6 +296,10 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """A value of a request for a message: printable, on one line and not long."""
+    try:
+        text = printable(repr(value))
+    except RecursionError:  # the reader of JSON goes deeper than repr
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."

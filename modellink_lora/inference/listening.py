@@ -5,11 +5,13 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from modellink_lora.config.errors import UserError
 
+SPARE_CONNECTIONS = 256  # beside those of --max-waiting requests: for models, health and what is turned away
 _LAST_WORDS_SECONDS = 1.0  # for answers on their way when the engine has ended; open pages are not waited for
 _START_SECONDS = 30.0
 
@@ -32,14 +34,36 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one client may take.
+
+    Args:
+        header_seconds: from the first wait for a request to the end of its headers.
+        body_seconds: from there to the end of its body.
+        read_seconds: that a client may leave an answer unread which no longer fits the buffers.
+        connections: open at a time; more are answered with status 503.
+    """
+
+    header_seconds: float = 10.0
+    body_seconds: float = 60.0
+    read_seconds: float = 60.0
+    connections: int = 512
+
+
 class Listening:
     """Serves `application` on `listener` inside the block; close() stops taking connections."""
 
-    def __init__(self, application: Any, listener: socket.socket) -> None:
+    def __init__(self, application: Any, listener: socket.socket, limits: Limits) -> None:
         import uvicorn
 
+        from modellink_lora.inference.connection import protocol
+
         # uvicorn would log a traceback for each connection that the end cuts off; the applications report their errors
-        config = uvicorn.Config(application, log_level="critical", access_log=False, lifespan="on")
+        config = uvicorn.Config(
+            application, http=protocol(limits), ws="none", log_level="critical", access_log=False,
+            lifespan="on", proxy_headers=False, server_header=False,
+        )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}, name="http", daemon=True

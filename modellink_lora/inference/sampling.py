@@ -9,6 +9,8 @@ from torch import Tensor
 
 from modellink_lora.inference.request import Sampling
 
+_COLDEST = 1e-6  # below it quotients overflow, and the most likely token has all the probability already
+
 
 def shaped(logits: Tensor, seen: Sequence[int], sampling: Sampling, *, keep: int = 1) -> Tensor:
     """fp32 logits [v] after penalty, temperature, top-k, top-p and min-p; tokens that are out stand at -inf.
@@ -24,7 +26,7 @@ def shaped(logits: Tensor, seen: Sequence[int], sampling: Sampling, *, keep: int
         logits = logits.clone()
         logits[ids] = torch.where(penalised < 0, penalised * factor, penalised / factor)
     if sampling.temperature not in (0.0, 1.0):
-        logits = logits / sampling.temperature
+        logits = logits / max(sampling.temperature, _COLDEST)
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(max(sampling.top_k, keep)).values[-1], float("-inf"))
     if sampling.top_p < 1.0:

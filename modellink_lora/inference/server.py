@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import socket
 import time
@@ -15,13 +14,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from modellink_lora.config.errors import UserError
+from modellink_lora.config.document import parse_document
+from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.infer import InferConfig
+from modellink_lora.inference.access import check_key
 from modellink_lora.inference.api_answer import Writer, token_text
-from modellink_lora.inference.api_request import ApiError, Asked, Reader
-from modellink_lora.inference.listening import Listening, address_of, is_loopback
+from modellink_lora.inference.api_error import ApiError
+from modellink_lora.inference.api_request import Asked, Reader, short
+from modellink_lora.inference.listening import SPARE_CONNECTIONS, Limits, Listening, address_of, is_loopback
 from modellink_lora.inference.request import Token
 from modellink_lora.inference.worker import Busy, Ended, Worker
+
+_LONGEST = 200  # characters of a path in the log
 
 
 def serve(
@@ -39,10 +43,11 @@ def serve(
     worker = Worker(engine, most=most_running + config.max_waiting)
     reader = Reader(config, engine, prompter, seed=seed)
     application = make_application(config, reader, worker, token_text(engine.tokenizer), say)
-    with Listening(application, listener) as listening:
+    limits = Limits(connections=config.max_waiting + SPARE_CONNECTIONS)
+    with Listening(application, listener, limits) as listening:
         say(f"serving {', '.join(reader.models)} at {address_of(listener)}/v1; Ctrl-C ends")
         if not is_loopback(config.host) and not config.api_key:
-            say(f"warning: --host {config.host} is open to other machines and nobody is asked for a key; see --api-key")
+            say(f"warning: --host {config.host} is open to other machines without a key; see --api-key-file")
         worker.run(stopping, closing=listening.close)
     say("the server has ended")
 
@@ -52,17 +57,17 @@ def make_application(
 ) -> Any:
     """The ASGI application."""
     from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
 
     # the pages on its interface would load scripts from elsewhere; docs/inference.md describes the fields
-    application = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    application = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     # one thread: a tokenizer is not made for several, and a prompt of a megabyte must not stop the event loop
     reading = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
-    def failed(error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status)
+    def failed(error: ApiError) -> Response:
+        return Response(error.content(), error.status, media_type="application/json")
 
     def card(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "modellink_lora"}
@@ -76,7 +81,7 @@ def make_application(
     async def model(request: Request) -> JSONResponse:
         name = request.path_params["name"]
         if name not in reader.models:
-            raise ApiError(404, f"the model {name!r} does not exist; there are {', '.join(reader.models)}",
+            raise ApiError(404, f"the model {short(name)} does not exist; there are {', '.join(reader.models)}",
                            param="model", code="model_not_found")  # fmt: skip
         return JSONResponse(card(name))
 
@@ -87,8 +92,10 @@ def make_application(
         return await complete(request, chat=True)
 
     async def complete(request: Request, *, chat: bool) -> Any:
-        body = parse(await read_body(request, config.max_request_bytes))
-        asked = await asyncio.get_running_loop().run_in_executor(reading, lambda: reader.read(body, chat=chat))
+        content = await read_body(request, config.max_request_bytes)
+        asked = await asyncio.get_running_loop().run_in_executor(
+            reading, lambda: reader.read(parse(content), chat=chat)
+        )
         writer = Writer(asked, text_of)
         request.state.writer = writer
         tokens = ask(worker, asked)
@@ -117,37 +124,46 @@ def make_application(
     ):  # fmt: skip
         application.add_route(path, handler, methods=[method])
 
-    async def on_http_error(request: Request, error: Any) -> JSONResponse:
-        return failed(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    async def on_http_error(request: Request, error: Any) -> Response:
+        return failed(ApiError(error.status_code, f"{_asked(request.scope)}: {error.detail}"))
 
-    async def on_api_error(request: Request, error: Any) -> JSONResponse:
+    async def on_api_error(request: Request, error: Any) -> Response:
         return failed(error)
+
+    async def on_mistake(request: Request, error: Any) -> Response:  # which goes on to _Guard, to be logged there
+        return failed(ApiError(500, f"the server made a mistake: {type(error).__name__}"))
 
     application.add_exception_handler(HTTPException, on_http_error)
     application.add_exception_handler(ApiError, on_api_error)
+    application.add_exception_handler(Exception, on_mistake)
     return _Guard(application, config.api_key, say)
 
 
 async def read_body(request: Any, most: int) -> bytes:
     """The body, of which not more than `most` bytes are ever kept."""
+    from starlette.requests import ClientDisconnect
+
     error = ApiError(413, f"the request is longer than {most} bytes: shorten it (the server's --max-request-bytes)")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > most:
         raise error
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise error
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise error
+            parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(499, "the client has gone") from None
     return b"".join(parts)
 
 
-def parse(body: bytes) -> Any:
+def parse(content: bytes) -> Any:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8, and brackets nested too deeply, included
-        raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from None
+        return parse_document(content, object, where="the body")
+    except UserError as error:
+        raise ApiError(400, str(error)) from None
 
 
 async def ask(worker: Worker, asked: Asked) -> AsyncGenerator[tuple[int, Token], None]:
@@ -222,6 +238,7 @@ class _Guard:
             return
         began, status = time.perf_counter(), 0
         scope.setdefault("state", {})
+        where = _asked(scope)
 
         async def sending(message: Any) -> None:
             nonlocal status
@@ -230,30 +247,21 @@ class _Guard:
             await send(message)
 
         try:
-            if self._allowed(scope):
-                await self._application(scope, receive, sending)
-            else:
-                await _reply(sending, ApiError(401, "the key is missing or wrong: Authorization: Bearer KEY",
-                                               code="invalid_api_key"))  # fmt: skip
+            if scope["path"] != "/health":
+                check_key(scope, self._api_key)
+            await self._application(scope, receive, sending)
+        except ApiError as error:
+            await error.send(sending)
         except Exception as error:
-            self._say(f"error: {scope['path']}: {type(error).__name__}: {error}")
-            if not status:
-                await _reply(sending, ApiError(500, f"the server made a mistake: {type(error).__name__}"))
+            self._say(printable(f"error: {where}: {type(error).__name__}: {error}"))
         finally:
             writer = scope["state"].get("writer")
             tokens = writer.completion_tokens if writer else 0
             seconds = time.perf_counter() - began
-            self._say(f"{scope['method']} {scope['path']} {status or 499} {tokens} tokens {seconds:.2f} s")
-
-    def _allowed(self, scope: Any) -> bool:
-        if self._api_key is None or scope["path"] == "/health":
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, f"Bearer {self._api_key}".encode())
+            self._say(f"{where} {status or 499} {tokens} tokens {seconds:.2f} s")
 
 
-async def _reply(send: Any, error: ApiError) -> None:
-    body = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _asked(scope: Any) -> str:
+    """Method and path for messages and the log, as the client wrote them: decoded, %0A would begin a new line."""
+    path = printable(scope["raw_path"].decode("ascii", "replace"))
+    return f"{scope['method'][:_LONGEST]} {path if len(path) <= _LONGEST else path[:_LONGEST] + '...'}"

@@ -6,6 +6,7 @@ functions run in threads of gradio.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import socket
 import time
@@ -19,15 +20,15 @@ from fastapi import FastAPI
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.history import History
-from modellink_lora.inference.listening import Listening, address_of, is_loopback
+from modellink_lora.inference.listening import SPARE_CONNECTIONS, Limits, Listening, address_of, is_loopback
+from modellink_lora.inference.page_guard import guarded
 from modellink_lora.inference.request import BASE, TUNED, Choice, Request, Sampling, Token
+from modellink_lora.inference.tasks import sampling_of
 from modellink_lora.inference.worker import Answer, Busy, Ended, Worker
 
 Memory = dict[str, list[tuple[str, str]]]  # model -> questions and answers
 Dialogue = list[Any]  # messages as gradio shows them: {"role": .., "content": ..}
 
-# gradio's pages bring all they need; a browser that reads this asks nobody else, whatever a model has written
-_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _STYLE = """
 .gradio-container, .gradio-container main.fillable {max-width: none !important}
 #question textarea {font-size: 1.05rem}
@@ -50,10 +51,12 @@ def serve(
     """Show the page until `stopping`. Errors of the engine are raised after every visitor has been told."""
     worker = Worker(engine, most=most_running + config.max_waiting)
     page = Page(config, engine, prompter, worker, seed=seed)
-    with Listening(page.application(), listener) as listening:
-        say(f"web page at {address_of(listener)}; Ctrl-C ends")
-        if not is_loopback(config.host):
-            say(f"warning: --host {config.host} is open to other machines and nobody is asked for a password")
+    limits = Limits(connections=config.max_waiting + SPARE_CONNECTIONS)
+    with Listening(page.application(), listener, limits) as listening:
+        asked = "; a browser asks for a user, any name, and a password, which is the key" if config.api_key else ""
+        say(f"web page at {address_of(listener)}{asked}; Ctrl-C ends")
+        if not is_loopback(config.host) and not config.api_key:
+            say(f"warning: --host {config.host} is open to other machines without a key; see --api-key-file")
         worker.run(stopping, closing=listening.close)
     say("the web page has ended")
 
@@ -87,7 +90,7 @@ class Page:
         mounted = gr.mount_gradio_app(
             outer, self._blocks(), "/", footer_links=[], theme=theme, css=_STYLE, show_error=True, ssr_mode=False
         )
-        return _with_policy(mounted)
+        return guarded(mounted, api_key=self._config.api_key, max_request_bytes=self._config.max_request_bytes)
 
     def _blocks(self) -> gr.Blocks:
         first = TUNED if TUNED in self._adapters else next(iter(self._adapters), None)
@@ -158,16 +161,20 @@ class Page:
         seed: int, top_k: int, top_p: float, min_p: float, penalty: float, visitor: gr.Request,
     ) -> Iterator[Any]:  # fmt: skip
         """Both answers as they come."""
-        question = question.strip()
-        sampling = Sampling(temperature, int(top_k), top_p, min_p, penalty, int(seed or 0))
-        choices = [Choice(BASE), *([Choice(adapter, scale)] if adapter else [])]
+        question = (question or "").strip()
+        choices = [Choice(BASE), *([Choice(adapter, scale)] if adapter in self._adapters else [])]
         shown = [_dialogue(memory.get(choice.adapter, [])) for choice in choices]
         arrived: queue.SimpleQueue[tuple[int, Token | Ended]] = queue.SimpleQueue()
         key = str(visitor.session_hash)
         try:
             if not question or key in self._running:
                 raise UserError("write a question first" if not question else "wait for the answer, or stop it")
-            sides = [self._side(question, memory, choice, sampling, int(tokens)) for choice in choices]
+            config = dataclasses.replace(  # compares with the ranges: programs may send anything
+                self._config, adapter_scale=scale, temperature=temperature, max_new_tokens=_whole(tokens),
+                top_k=_whole(top_k), top_p=top_p, min_p=min_p, repetition_penalty=penalty,
+            )  # fmt: skip
+            sampling = sampling_of(config, seed=_whole(seed or 0))
+            sides = [self._side(question, memory, choice, sampling, config.max_new_tokens) for choice in choices]
             answer = self._worker.ask([side.request for side in sides], lambda n, token: arrived.put((n, token)))
         except (UserError, Busy, Ended) as error:
             gr.Warning(str(error))
@@ -223,20 +230,13 @@ class Page:
         return [gr.Chatbot(_dialogue(memory.get(adapter, [])), label=adapter), ""]
 
 
+def _whole(value: Any) -> Any:
+    """A slider's number as an int, where it is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 _PLACEHOLDERS = {False: "The model without adapter answers here.", True: "The model with its adapter answers here."}
 
 
 def _dialogue(pairs: list[tuple[str, str]]) -> Dialogue:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-
-
-def _with_policy(application: Any) -> Any:
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        async def sending(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"content-security-policy", _POLICY.encode())]}
-            await send(message)
-
-        await application(scope, receive, sending)
-
-    return answer

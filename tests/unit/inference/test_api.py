@@ -11,7 +11,8 @@ import pytest
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.api_answer import Writer
-from modellink_lora.inference.api_request import ApiError, Asked, Reader
+from modellink_lora.inference.api_error import ApiError
+from modellink_lora.inference.api_request import Asked, Reader
 from modellink_lora.inference.request import Choice, Token
 
 ENGINE = SimpleNamespace(choices=("tuned", "other"), max_length=40, vocab_size=300)
