@@ -1,4 +1,7 @@
-"""What `make` installs can be installed: with torch's CPU and CUDA builds, on each Python that the Makefile takes."""
+"""What `make` installs can be installed: with torch's CPU and CUDA builds, on each Python that the Makefile takes.
+
+Seen in public as QwenLM/Qwen3-VL #1090: a pinned triton beside a torch that asks for another.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A converted or merged folder loads again: whatever lies beside the weights goes along, and nothing else."""
+"""A converted or merged folder loads again: whatever lies beside the weights goes along, and nothing else.
+
+Seen in public as ymcui/Chinese-LLaMA-Alpaca-2 #461: merged folders lacked files and could not be loaded.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Found by fuzzing: own adapters with missing, foreign or half tensors were merged "into 0 linears". PEFT's `.bin` files,
 and names with the adapter's name in them (`lora_A.default.weight`), which `state_dict()` of a live model gives, were
 refused for a reason that was not theirs.
+
+Seen in public as huggingface/peft #2118: missing keys of an adapter were loaded without a word.
 """
 
 from __future__ import annotations

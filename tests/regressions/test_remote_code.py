@@ -1,4 +1,7 @@
-"""Python files of a model's publisher run when --trust-remote-code says so, and nothing asks on the terminal."""
+"""Python files of a model's publisher run when --trust-remote-code says so, and nothing asks on the terminal.
+
+Seen in public as microsoft/ltp-megatron-lm #23: tokenizers of publishers' own code could not be allowed.
+"""
 
 from __future__ import annotations
 

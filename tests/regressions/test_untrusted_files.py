@@ -1,4 +1,7 @@
-"""Files that are not what their name says: nothing in them runs, nothing of this process changes, one line says why."""
+"""Files that are not what their name says: nothing in them runs, nothing of this process changes, one line says why.
+
+Seen in public as pytorch/pytorch #143326: torch.load handed archives to torch.jit.load. Others were found by fuzzing.
+"""
 
 from __future__ import annotations
 
