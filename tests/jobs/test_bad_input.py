@@ -212,8 +212,10 @@ def test_ids_beyond_the_vocabulary_are_named(files: Files, tmp_path: Path, capsy
     with writing_corpus(prefix, {"prompt_type": "alpaca"}) as writer:
         writer.add([1, 300, 2], [1, 1, 1], [-100, 300, 2])
     line = refused(train, train_words(files, tmp_path / "save", {"data-path": prefix}), capsys, status=1)
-    assert line == f"error: --data-path {prefix} holds token id 300, the model has 259 tokens: " + (
-        "preprocess with this model's own tokenizer"
+    assert (
+        line
+        == f"error: --data-path {prefix}: sample 0 has 300 among its input_ids, but the model has 259 tokens: "
+        + ("preprocess with this model's own tokenizer, or copy the files again")
     )
 
 
