@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,27 +35,31 @@ class Launch:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] | None = None) -> Launch:
-        """The facts in `environment` (default os.environ). Without torchrun: one process and a free port."""
+        """The facts in `environment` (default os.environ). Without torchrun: one process, which needs no port."""
         environment = os.environ if environment is None else environment
         device = environment.get(_DEVICE_VARIABLE) or "auto"
         mindspeed = environment.get(_MINDSPEED_VARIABLE, "") not in ("", "0")
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
-            return Launch(master_port=_free_port(), device=device, mindspeed=mindspeed)
+            return Launch(device=device, mindspeed=mindspeed)
         absent = [name for name in _TORCHRUN_VARIABLES if name not in environment]
-        if absent:
+        alone = environment.get("WORLD_SIZE") == "1" and "RANK" in environment
+        if absent and not alone:
             raise UserError(
                 f"{', '.join(absent)} not set while RANK or WORLD_SIZE is: start all processes with torchrun"
             )
         rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
         if not 0 <= rank < world_size:
             raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}: start all processes with torchrun")
+        port = _number(environment, "MASTER_PORT", 0)
+        if world_size > 1 and not 0 < port < 65536:
+            raise UserError(f"MASTER_PORT={port} is not a port: give one of 1 to 65535, free on the first host")
         return Launch(
             rank=rank,
             world_size=world_size,
             local_rank=_number(environment, "LOCAL_RANK", rank),
             local_world_size=_number(environment, "LOCAL_WORLD_SIZE", world_size),
-            master_address=environment["MASTER_ADDR"],
-            master_port=_number(environment, "MASTER_PORT"),
+            master_address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=port,
             device=device,
             mindspeed=mindspeed,
             attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
@@ -113,9 +116,3 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         return int(text or "")
     except ValueError:
         raise UserError(f"{name}={text!r} in the environment is not a whole number") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

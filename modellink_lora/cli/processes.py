@@ -114,17 +114,17 @@ def _met(launch: Launch, timeout_minutes: int) -> dist.Store | None:
     try:
         return meet(
             address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
-            attempt=launch.attempt, serves=launch.is_first and not launch.has_store, patience=patience,
+            attempt=launch.attempt, serves=launch.is_first and not launch.has_store, exclusive=not launch.has_store,
+            patience=patience,
         )  # fmt: skip
     except RuntimeError as error:
         raise not_met(error, launch) or error from error
 
 
 def _start(backend: str, launch: Launch, store: dist.Store | None, timeout_minutes: int) -> None:
-    """Join the process group."""
+    """Join the process group; a single process needs no port for it."""
     if store is None:
-        address = f"tcp://{launch.master_address}:{launch.master_port}"
-        start_processes(backend, rank=0, world_size=1, init_method=address, timeout_minutes=timeout_minutes)
+        start_processes(backend, rank=0, world_size=1, store=dist.HashStore(), timeout_minutes=timeout_minutes)
         return
     store.set_timeout(datetime.timedelta(minutes=timeout_minutes))
     try:
@@ -138,7 +138,14 @@ def _start(backend: str, launch: Launch, store: dist.Store | None, timeout_minut
 def not_met(error: Exception, launch: Launch) -> UserError | None:
     """What a failure to join the other processes means to the user; None if it is something else."""
     said = " ".join(str(error).split())
-    if launch.world_size == launch.local_world_size:
+    if "EADDRINUSE" in said or "address already in use" in said.lower():
+        return UserError(
+            f"MASTER_PORT={launch.master_port} is taken on this host by another program or job: set MASTER_PORT to a "
+            "free port, the same for all processes of this job"
+        )
+    if launch.world_size == launch.local_world_size and not isinstance(
+        error, (dist.DistNetworkError, dist.DistStoreError)
+    ):
         return None
     if "gloo" in said.lower() or "interface" in said:
         return UserError(

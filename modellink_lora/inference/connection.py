@@ -78,7 +78,7 @@ class _LimitedConnection(H11Protocol):
 
     def _watch(self) -> None:
         """Start the time-out of what the client is to send next, unless it runs already."""
-        seconds = {h11.IDLE: self.limits.header_seconds, h11.SEND_BODY: self.limits.body_seconds}
+        seconds: dict[Any, float] = {h11.IDLE: self.limits.header_seconds, h11.SEND_BODY: self.limits.body_seconds}
         idle = self.timeout_keep_alive_task is not None  # between two requests: uvicorn's own time-out runs
         state = None if idle or self.transport.is_closing() else self.conn.their_state
         wanted = (state, self._answered) if state in seconds else None

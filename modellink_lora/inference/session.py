@@ -23,7 +23,7 @@ from modellink_lora.inference.executor import Executor
 from modellink_lora.inference.model import load_stage, open_adapters, open_any_base
 from modellink_lora.inference.prompting import Prompter
 from modellink_lora.inference.request import TUNED
-from modellink_lora.parallel.context import ParallelContext, make_context
+from modellink_lora.parallel.context import ParallelContext, collective_timeout, make_context
 from modellink_lora.parallel.random import seed_everything
 
 
@@ -148,7 +148,7 @@ def _gatherer(context: ParallelContext, copies: int) -> Callable[[Any], list[Any
     mine = (context.tp_rank, context.pp_rank, context.dp_rank, context.rank)
     dist.all_gather_object(leaders, mine)
     ranks = [rank for tp, pp, _, rank in sorted(leaders, key=lambda one: one[2]) if tp == 0 and pp == 0]
-    group = dist.new_group(ranks, backend="gloo")
+    group = dist.new_group(ranks, backend="gloo", timeout=collective_timeout())
 
     def gather(value: Any) -> list[Any] | None:
         values: list[Any] | None = [None] * copies if context.rank == ranks[0] else None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +73,17 @@ def start_processes(
     )
 
 
+def collective_timeout() -> datetime.timedelta:
+    """How long collectives of the default process group wait, and so those of all groups: `start_processes` says it.
+
+    torch gives a new group half an hour, whatever the default group has.
+    """
+    assert dist.group.WORLD is not None
+    backend: Any = dist.group.WORLD._get_backend(torch.device("cpu"))
+    timeout: datetime.timedelta = backend.options._timeout
+    return timeout
+
+
 def make_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
     """Lay the processes out as `config` says. Raises UserError when their number or megatron-core does not fit."""
     check_version()
@@ -79,7 +92,11 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
     config.data_parallel_size(dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         _close_groups()
-    parallel_state.initialize_model_parallel(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=math.ceil(collective_timeout().total_seconds() / 60),
+    )
     return ParallelContext(
         config=config,
         device=device,

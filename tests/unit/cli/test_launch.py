@@ -29,10 +29,10 @@ def test_torchrun_also_says_which_start_this_is_and_who_holds_the_store() -> Non
     assert not Launch.from_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).has_store
 
 
-def test_without_a_launcher_there_is_one_process_with_a_free_port() -> None:
+def test_without_a_launcher_there_is_one_process_that_needs_no_port() -> None:
     launch = Launch.from_environment({})
     assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (0, 1, 0, 1)
-    assert launch.is_first and launch.master_port > 0 and launch.device == "auto"
+    assert launch.is_first and launch.master_port == 0 and launch.device == "auto"
 
 
 @pytest.mark.parametrize(
