@@ -1,12 +1,15 @@
 """Several files of a folder that others write into as well, replaced together.
 
 The step that counts is the appearance of one more file, the commit: a list of the renames that are left to do. A kill
-before it leaves the old set, one after it the new set, since whoever opens the set does the renames first.
+before it leaves the old set, one after it the new set, since whoever opens the set does the renames first. A set has
+one writer at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +29,46 @@ def replacing_files(commit: Path, paths: Sequence[Path]) -> Iterator[Mapping[Pat
     Args:
         commit: the file that says which renames are to be done; in the folder of all `paths`.
     """
-    commit.parent.mkdir(parents=True, exist_ok=True)
-    finish_replacing(commit)
+    try:
+        commit.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{commit.parent}: is below a file, or one itself, and no folder can be there") from None
     for path in paths:
-        clear_dead(path)
-    temporaries = {path: beside(path, "tmp") for path in paths}
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder where a file is to be written: remove it, or choose another name")
+    with _only_writer(commit.with_suffix(".lock")):
+        finish_replacing(commit)
+        for path in paths:
+            clear_dead(path)
+        yield from _replaced(commit, {path: beside(path, "tmp") for path in paths})
+
+
+@contextlib.contextmanager
+def _only_writer(lock: Path) -> Iterator[None]:
+    """Hold `lock` inside the block. It is the operating system's and dies with its process."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(descriptor)
+                raise UserError(
+                    f"{lock.with_name(lock.stem[1:])}: another process is writing these files now: wait for its end, "
+                    "or choose another name"
+                ) from None  # of other errors, the file system has no locks
+        # an ending writer may have removed the file between the two calls: then this lock guards nothing
+        if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # before the lock is given back: later the file may be another writer's
+        os.close(descriptor)
+
+
+def _replaced(commit: Path, temporaries: Mapping[Path, Path]) -> Iterator[Mapping[Path, Path]]:
     try:
         yield temporaries
         for temporary in temporaries.values():

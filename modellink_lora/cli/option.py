@@ -46,6 +46,8 @@ class Option:
                 value = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{text!r} is not JSON: {error}") from None
+            except (ValueError, RecursionError):  # a number of 5,000 digits, brackets 1,000 deep
+                raise ValueError(f"'{text[:60]}...' is not JSON that can be read") from None
             if not isinstance(value, dict):
                 raise ValueError(f'{text!r} is not a JSON object such as {{"key": "value"}}')
             return value

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def read_text(path: Path) -> str:
     """The UTF-8 text of `path`. Raises UserError when it cannot be opened or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows programs begin files with a byte-order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8, or copy it again") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name

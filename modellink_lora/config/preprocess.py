@@ -36,6 +36,9 @@ class PreprocessConfig:
     preview: int = flag(0, "first print this many samples as text, trained tokens marked", at_least=0)
 
     def __post_init__(self) -> None:
+        for value, name in ((self.input, "--input"), (self.tokenizer_name_or_path, "--tokenizer-name-or-path")):
+            if not value:
+                raise UserError(f"{name} is empty: give a file or folder")
         check_ranges(self)
         if not self.output_prefix or self.output_prefix.endswith(("/", "\\")):
             raise UserError(

@@ -31,7 +31,7 @@ from modellink_lora.config.errors import UserError
 KEYS = ("input_ids", "attention_mask", "labels")
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, which are no tokens
 _INT32 = 4
 
 
@@ -56,14 +56,16 @@ class CorpusWriter:
         self.max_token_id = -1
 
     def add(self, input_ids: Sequence[int], attention_mask: Sequence[int], labels: Sequence[int]) -> None:
-        """Append one sample."""
+        """Append one sample. Raises UserError for an id that the files cannot hold."""
         assert len(input_ids) == len(attention_mask) == len(labels) > 0
+        self.max_token_id = max(self.max_token_id, *input_ids)
+        if self.max_token_id >= 2**31:
+            raise UserError(f"the tokenizer gives the token id {self.max_token_id}, which is no int32: mend its files")
         for key, values in zip(KEYS, (input_ids, attention_mask, labels)):
             self._streams[key].write(numpy.asarray(values, dtype="<i4").tobytes())
         self.lengths.append(len(input_ids))
         self.tokens += len(input_ids)
         self.trained_tokens += sum(label >= 0 for label in labels)
-        self.max_token_id = max(self.max_token_id, *input_ids)
 
 
 @contextlib.contextmanager
@@ -89,7 +91,9 @@ def writing_corpus(prefix: str, sidecar: dict[str, Any]) -> Iterator[CorpusWrite
             "max_token_id": writer.max_token_id,
         }
         places = {f"{key}.{ending}": temporary[name] for (key, ending), name in names.items()}  # sets may be renamed
-        document = with_checksums({**sidecar, **counts}, places)
+        # names of files need not be Unicode; what is not becomes a question mark
+        text = json.dumps({**sidecar, **counts}, ensure_ascii=False).encode("utf-8", "replace")
+        document = with_checksums(json.loads(text), places)
         temporary[record].write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -134,10 +138,10 @@ class _Sequences:
         self._dtype = numpy.dtype(_DTYPES[code])
         ends = numpy.cumsum(self.lengths, dtype="<i8") * self._dtype.itemsize
         if count and (
-            self.lengths.min() < 0 or not numpy.array_equal(self._offsets[1:], ends[:-1]) or self._offsets[0]
+            self.lengths.min() < 1 or not numpy.array_equal(self._offsets[1:], ends[:-1]) or self._offsets[0]
         ):
-            raise UserError(f"{index}: is damaged: its sequences do not lie one after another; copy it again or run "
-                            "preprocess_data.py again")  # fmt: skip
+            raise UserError(f"{index}: is damaged: its sequences are empty or do not lie one after another; copy it "
+                            "again or run preprocess_data.py again")  # fmt: skip
         needed = int((self._offsets + self.lengths * self._dtype.itemsize).max()) if count else 0
         found = tokens.stat().st_size
         if found < needed:

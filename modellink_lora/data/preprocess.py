@@ -181,6 +181,10 @@ def _results(encoder: _Encoder, records: Records, workers: int) -> Iterator[Samp
         while block := list(itertools.islice(rows, wave)):
             try:
                 yield from pool.map(_encode, block, chunksize=_ROWS_PER_TASK)
+            except RecursionError:
+                raise UserError(
+                    f"a record is nested too deeply to be given to --workers {workers}: remove it, or give --workers 1"
+                ) from None
             except BrokenProcessPool:
                 raise UserError(
                     f"a worker process was stopped from outside, perhaps for lack of memory: lower --workers {workers}"

@@ -91,6 +91,8 @@ def csv_rows(file: Path, columns: Sequence[str], *, header: bool) -> list[Row]:
         if names is None:
             names = [cell.strip().lower() for cell in cells]
             missing = [column for column in columns if column not in names]
+            if twice := [column for column in columns if names.count(column) > 1]:
+                raise UserError(f"{file} line {line}: the header has {twice[0]!r} twice")
             if missing:
                 raise UserError(f"{file} line {line}: the header lacks {', '.join(missing)}: {','.join(cells)[:80]}")
             continue

@@ -111,7 +111,7 @@ def _read(file: Path) -> list[Record]:
     for number, line in enumerate(lines[:-1], start=1):  # behind the last line end stands nothing, or a torn line
         try:
             record = json.loads(line)
-            key_of(record)
+            hash(key_of(record))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file} line {number}: is damaged; give --overwrite to evaluate afresh") from None
         records.append(record)

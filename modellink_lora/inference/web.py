@@ -162,7 +162,10 @@ class Page:
     ) -> Iterator[Any]:  # fmt: skip
         """Both answers as they come."""
         question = (question or "").strip()
-        choices = [Choice(BASE), *([Choice(adapter, scale)] if adapter in self._adapters else [])]
+        choices = [
+            Choice(BASE),
+            *([Choice(adapter, scale)] if adapter is not None and adapter in self._adapters else []),
+        ]
         shown = [_dialogue(memory.get(choice.adapter, [])) for choice in choices]
         arrived: queue.SimpleQueue[tuple[int, Token | Ended]] = queue.SimpleQueue()
         key = str(visitor.session_hash)
