@@ -69,7 +69,7 @@ clean:  ## remove what make and the tools created, .venv included
 	case " $(SUPPORTED) " in *" $$version "*) ;; *) \
 		echo "error: $(PYTHON) is Python $$version, the tests run on $(SUPPORTED): install one, or give make PYTHON=python3.12" >&2; \
 		exit 2;; esac
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }  # one without pip would look complete to the next make
 
 # torch comes first, alone: the machine decides which build of it, the rest must then fit
 $(INSTALLED): pyproject.toml constraints-ci.txt | .venv/bin/python
