@@ -89,6 +89,8 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
     check_version()
     from megatron.core import parallel_state
 
+    from modellink_lora.megatron.differences import process_groups
+
     config.data_parallel_size(dist.get_world_size())
     if parallel_state.model_parallel_is_initialized():
         _close_groups()
@@ -97,6 +99,9 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
         config.pipeline_model_parallel_size,
         distributed_timeout_minutes=math.ceil(collective_timeout().total_seconds() / 60),
     )
+    for group in process_groups():  # megatron-core hands the time-out to most of them
+        if isinstance(group, dist.ProcessGroup):
+            dist.distributed_c10d._set_pg_timeout(collective_timeout(), group)
     return ParallelContext(
         config=config,
         device=device,

@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="needs fastapi and uvicorn: pip install -e
 from modellink_lora.inference.listening import Limits
 from tests.helpers.http_server import Served, served
 
-FAST, SLOW = 300, 3000
+FAST, SLOW = 60, 3000  # a third of a second for each request that is never completed
 VALUES: list[Any] = [
     None, True, 0, -1, 3, 10**30, 0.5, 1e308, 5e-324, math.nan, math.inf, "", "x", "\ud800", "\x00", "é" * 50, [], [[]],
     ["x"], [3], [-1], {}, {"x": []}, [{"role": "user", "content": "a"}], [{"role": [], "content": {}}],

@@ -55,7 +55,9 @@ def bad_values(option: Option) -> list[Any]:
     allowed: Range = next(f for f in dataclasses.fields(option.config) if f.name == option.field).metadata["range"]
     values: list[Any] = [math.nan, math.inf, -math.inf, True, "1", [1]]
     values += (
-        [2**31, 10**400, 1.5] if option.kind is int and option.field != "seed" else [10**400 * (allowed.at_most or 0)]
+        [2**31, 10**400, 1.5]
+        if option.kind is int and option.field != "seed"
+        else [10**400 * int(allowed.at_most or 0)]
     )
     for limit, step in ((allowed.at_least, -1), (allowed.at_most, 1)):
         values += [] if limit is None else [option.kind(limit + step)]

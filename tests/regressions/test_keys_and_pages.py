@@ -58,9 +58,7 @@ def test_flags_go_before_the_environment(monkeypatch: pytest.MonkeyPatch, key_fi
         InferConfig(api_key="a", api_key_file="b")
 
 
-@pytest.mark.parametrize(
-    "key", ["", " ", "\n", "a\n\n", "a\nb", "a ", "\ta", "a\x00b", "a\x1bb", "\ufeffa", "a" * 1025]
-)
+@pytest.mark.parametrize("key", ["", " ", "\n", "a\n\n", "a\nb", "a ", "\ta", "a\x00b", "a\x1bb", "a" * 1025])
 def test_a_key_that_nobody_could_send_is_one_line_that_does_not_show_it(
     key: str, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ NESTED = b"[" * 100_000 + b"]" * 100_000
     ids=lambda body: repr(body[:40]),
 )  # fmt: skip
 def test_a_body_that_is_no_request_is_refused(server: Served, body: bytes) -> None:
-    status = 404 if b'"model"' in body else 400
+    status = 404 if b'"model"' in body and b"ud800" not in body else 400
     refused(server.request("/v1/completions", body), status)
     refused(server.request("/v1/chat/completions", body), 404 if status == 404 else 400)
 

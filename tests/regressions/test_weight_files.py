@@ -86,7 +86,7 @@ def test_files_that_no_loader_takes_are_only_named(tmp_path: Path) -> None:
     ({"weight_map": {"a": "/etc/passwd"}}, "not the name of a file"), ({"weight_map": {"a": "b\0"}}, "not the name"),
     ({"weight_map": {"a": "x" * 300}}, "not the name of a file"), ({"weight_map": {"a": ".."}}, "not the name"),
     ({"weight_map": {"a": "b.safetensors"}}, "which the folder lacks"), ({"weight_map": {"a": ""}}, "not the name"),
-    ({"weight_map": {"a": "\ud800"}}, "not the name of a file"), ({"weight_map": {"a": "config.json"}}, "damaged"),
+    ({"weight_map": {"a": "\ud800"}}, "half of a surrogate pair"), ({"weight_map": {"a": "config.json"}}, "damaged"),
 ])  # fmt: skip
 def test_an_index_that_is_damaged_is_refused_in_one_line(index: Any, words: str, tmp_path: Path) -> None:
     made_model(tmp_path, SIZE)
