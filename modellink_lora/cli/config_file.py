@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,16 +17,21 @@ def read_mapping(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 32nd of a month
         raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
         raise UserError(f"--config {path}: must hold one mapping, a line per flag such as `lora-r: 16`")
     values: dict[str, Any] = {}
-    for key, _ in node.value:  # the nodes still show a key given twice, which the loaded dict hides
+    for key, value in node.value:  # the nodes still show a key given twice, which the loaded dict hides
+        if value.tag.endswith(":int") and not re.fullmatch("[+-]?(0|[1-9][0-9]*)", value.value):
+            raise UserError(
+                f"--config {path}: {value.value} (line {value.start_mark.line + 1}) is {yaml.safe_load(value.value)} to "
+                "YAML: write plain digits, or quote it"
+            )
         name = str(key.value).replace("_", "-")
         if name in values:
             raise UserError(f"--config {path}: {name} is given twice (line {key.start_mark.line + 1})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import types
 import typing
 from dataclasses import MISSING, dataclass
@@ -82,7 +83,7 @@ class Option:
             return self.from_text(value)  # YAML 1.1 reads 1e-5 as text
         if type(value) is not self.kind:
             advice = "; put it in quotes" if self.kind is str and isinstance(value, (int, float)) else ""
-            raise ValueError(f"{value!r} is not {_CALLED[self.kind]}{advice}")
+            raise ValueError(f"{reprlib.repr(value)} is not {_CALLED[self.kind]}{advice}")
         return self._checked(value)
 
     def _checked(self, value: Any) -> Any:
