@@ -28,10 +28,8 @@ def read_mapping(path: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in node.value:  # the nodes still show a key given twice, which the loaded dict hides
         if value.tag.endswith(":int") and not re.fullmatch("[+-]?(0|[1-9][0-9]*)", value.value):
-            raise UserError(
-                f"--config {path}: {value.value} (line {value.start_mark.line + 1}) is {yaml.safe_load(value.value)} to "
-                "YAML: write plain digits, or quote it"
-            )
+            line, meant = value.start_mark.line + 1, yaml.safe_load(value.value)
+            raise UserError(f"--config {path}: {value.value} (line {line}) is {meant} to YAML: write plain digits")
         name = str(key.value).replace("_", "-")
         if name in values:
             raise UserError(f"--config {path}: {name} is given twice (line {key.start_mark.line + 1})")

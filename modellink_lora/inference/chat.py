@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,7 +92,8 @@ class Chat:
         if name not in known:
             raise UserError(f"no adapter {name}; there are {', '.join(known)}")
         try:
-            return Choice(name, self._config.adapter_scale if scale is None else float(scale))
+            given = self._config if scale is None else dataclasses.replace(self._config, adapter_scale=float(scale))
+            return Choice(name, given.adapter_scale)
         except ValueError:
             raise UserError(f"/adapter {name} {scale}: the scale is a number, 1 is as trained") from None
 
