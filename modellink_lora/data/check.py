@@ -18,6 +18,7 @@ from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.corpus import KEYS, InstructionCorpus, data_file, sidecar_file
 from modellink_lora.data.encode import IGNORED
+from modellink_lora.device.limits import host
 
 _BLOCK = 1 << 22  # tokens that are looked at together
 _REMEMBERED = Path(".cache/modellink_lora/checked-data")  # below the home folder
@@ -26,7 +27,7 @@ _REMEMBERED = Path(".cache/modellink_lora/checked-data")  # below the home folde
 def check_corpus(corpus: InstructionCorpus, vocab_size: int) -> str:
     """Compare the files with their recorded checksums, and ids and labels with each other and the vocabulary.
 
-    What was found is remembered by the files' paths, sizes and times, so that the same files are read once.
+    What was found is remembered by host and the files' paths, sizes and times, so that the same files are read once.
 
     Returns:
         What was done, for the summary.
@@ -94,7 +95,7 @@ def _note_of(files: list[Path], vocab_size: int) -> Path | None:
     """Where it is remembered that these files passed; None where there is no home folder."""
     seen = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file in files if file.is_file()
             for stat in (file.stat(),)]  # fmt: skip
-    name = hashlib.sha256(json.dumps([seen, vocab_size]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([host(), seen, vocab_size]).encode()).hexdigest()[:32]
     try:
         return Path.home() / _REMEMBERED / name
     except RuntimeError:
