@@ -26,11 +26,12 @@ help:  ## show this list
 demo: $(INSTALLED_DEMO)  ## preprocess, convert, train LoRA on 2 processes, merge, compare with transformers
 	$(BIN)/python examples/demo/run.py
 
-# the unit tests start no processes and share the cores; the others start some of their own, and come one by one
+# these start few processes and share the cores; the others start some of their own, and come one by one
+SIDE_BY_SIDE := tests/unit tests/regressions tests/fuzz
 test: lint  ## lint, types and all tests that take less than a minute each
 	status=0; \
-	$(BIN)/python -m pytest -m "not slow" -n 2 tests/unit || status=1; \
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/unit || status=1; \
+	$(BIN)/python -m pytest -m "not slow" -n 2 $(SIDE_BY_SIDE) || status=1; \
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE:%=--ignore %) || status=1; \
 	exit $$status
 
 test-slow: $(INSTALLED)  ## the tests marked slow

@@ -99,9 +99,11 @@ def make_context(config: ParallelConfig, device: torch.device) -> ParallelContex
         config.pipeline_model_parallel_size,
         distributed_timeout_minutes=math.ceil(collective_timeout().total_seconds() / 60),
     )
-    for group in process_groups():  # megatron-core hands the time-out to most of them
-        if isinstance(group, dist.ProcessGroup):
-            dist.distributed_c10d._set_pg_timeout(collective_timeout(), group)
+    cpu = torch.device("cpu")
+    for group in process_groups():  # megatron-core hands the time-out to most of them, and not to some of gloo
+        if isinstance(group, dist.ProcessGroup) and cpu in group._device_types:
+            backend: Any = group._get_backend(cpu)
+            backend._set_default_timeout(collective_timeout())
     return ParallelContext(
         config=config,
         device=device,
