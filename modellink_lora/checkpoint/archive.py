@@ -14,6 +14,7 @@ import re
 import struct
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +47,8 @@ def examine(source: Path | bytes) -> Mapping[str, int] | None:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
             head = file.read(len(_OLD_FORMAT))
             if head == _OLD_FORMAT:
-                if isinstance(source, Path) and (tarfile.is_tarfile(source) or zipfile.is_zipfile(source)):
+                file.seek(0)
+                if tarfile.is_tarfile(file) or zipfile.is_zipfile(file):
                     raise UserError("is an archive that begins like a file of torch.save: it is refused unread")
                 return None
             if not head.startswith(_ZIP):
@@ -74,7 +76,7 @@ def _entries(file: BinaryIO) -> list[zipfile.ZipInfo]:
                         "save the weights alone, by torch.save(model.state_dict(), ...)")  # fmt: skip
     folders = {name.partition("/")[0] for name in names}
     odd = [name for name in names if not _RECORD.fullmatch(name.partition("/")[2])]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = [name for name, times in Counter(names).items() if times > 1]
     if len(folders) != 1 or odd or twice:
         what = f"holds {odd[0]!r}" if odd else f"holds {twice[0]!r} twice" if twice else "has several top folders"
         raise UserError(f"is not a file of torch.save (a zip archive that {what}): it is refused unread")

@@ -28,6 +28,23 @@ _UNRELIABLE = {
     "final_logit_softcapping", "moe_router_topk", "moe_router_pre_softmax",
 }  # fmt: skip
 
+# Settings that are read before or beside those of ModelConfig.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "tensor_model_parallel_size": int, "pipeline_model_parallel_size": int, "expert_model_parallel_size": int,
+    "lora_r": int, "lora_alpha": (int, float), "lora_target_modules": (list, tuple),
+}  # fmt: skip
+
+
+def check_args(args: argparse.Namespace, *, where: str) -> None:
+    """Raise UserError where a setting is a tensor, or of another type than Megatron-LM's parser gives it."""
+    for name, value in vars(args).items():
+        odd = value is not None and not isinstance(value, _TYPES.get(name, object))
+        if isinstance(value, torch.Tensor) or odd:
+            raise UserError(f"{where}: args.{name} is of type {type(value).__name__}, which Megatron-LM does not write")
+    for name in getattr(args, "lora_target_modules", None) or ():
+        if not isinstance(name, str):
+            raise UserError(f"{where}: args.lora_target_modules holds a {type(name).__name__}, expected names")
+
 
 def model_config(
     args: argparse.Namespace, sizes: Mapping[str, Any], flags: Mapping[str, Any], *, where: str

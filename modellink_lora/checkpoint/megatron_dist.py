@@ -132,6 +132,8 @@ def places_of(source: TorchDist) -> dict[str, Place]:
     """Global mcore name of every stored tensor -> where it lies. Adapters keep their own spelling."""
     found: dict[str, dict[int, tuple[str, int | None]]] = {}
     for key in source.entries:
+        if not source.entries[key].shape:
+            raise UserError(f"{source.folder}: {key} is said to have no dimensions: the folder is damaged")
         name, half = _ours(key), 0
         if name.endswith((".weight_w", ".weight_v")):
             name, half = name[:-2], int(name.endswith("_v"))  # gate and up, each for itself
@@ -165,6 +167,8 @@ def blank(source: TorchDist, place: Place) -> Tensor:
     """A tensor of the shape and dtype of the one at `place`, without memory."""
     entries = [source.entries[key] for key in place.keys]
     shapes = [entry.shape if place.row is None else entry.shape[1:] for entry in entries]
+    if not all(shapes):
+        raise UserError(f"{source.folder}: {place.keys[0]} has one dimension, expected one of layers and others")
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     return torch.empty(shape, dtype=entries[0].dtype, device="meta")
 

@@ -211,6 +211,9 @@ def _measure(args: argparse.Namespace, tree: RankTree, flags: Mapping[str, Any] 
     }  # fmt: skip
     if missing := [name for name in need.values() if name not in tensors]:
         raise UserError(f"{folder}: lacks {missing[0]}, so it does not hold a whole model")
+    experts = (f"{_LAYER}mlp.{name}.weight" for name in ("router", "shared_experts.linear_fc2"))
+    if odd := [name for name in (*need.values(), *experts) if name in tensors and tensors[name].dim() != 2]:
+        raise UserError(f"{folder}: {odd[0]} has the shape {tuple(tensors[odd[0]].shape)}, expected two dimensions")
     embedding, qkv, proj, fc1, fc2 = (tuple(tensors[name].shape) for name in need.values())
     heads = getattr(args, "num_attention_heads", None)
     if type(heads) is not int or heads < 1 or proj[1] * tp % heads:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.experts import count_experts, expert_of, renumbered, separate
+from modellink_lora.checkpoint.megatron_args import check_args
 from modellink_lora.checkpoint.names import from_legacy, from_module
 from modellink_lora.checkpoint.unpickle import load_rank_file
 from modellink_lora.config.errors import UserError
@@ -187,6 +188,9 @@ def _load_all(folder: Path, flag: str) -> dict[tuple[int, int, int], dict[str, A
         raise UserError(f"{flag} {folder}: the names of its mp_rank_* folders have different numbers of parts: files "
                         "are mixed up")  # fmt: skip
     loaded = {numbers: load_rank_file(path) for numbers, path in found.items() if path.is_file()}
+    for place, file in loaded.items():
+        if isinstance(args := file.get("args"), argparse.Namespace):
+            check_args(args, where=str(found[place]))
     by_expert = _second_is_expert(next(iter(loaded.values()), {}).get("args"))
 
     def key(numbers: tuple[int, ...]) -> tuple[int, int, int]:

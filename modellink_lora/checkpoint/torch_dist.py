@@ -8,6 +8,8 @@ named tensors of full shape, whatever the layout that wrote them; `megatron_dist
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink_lora.checkpoint.pickle_limits import text
 from modellink_lora.checkpoint.unpickle import Inert, RestrictedUnpickler, load, load_common_state, load_rank_file
 from modellink_lora.config.errors import UserError
 
@@ -44,7 +47,7 @@ class _MetadataUnpickler(RestrictedUnpickler):
         if module.startswith("torch.distributed.") or name == "MCoreMetadata":  # megatron-core 0.15 adds a field to it
             return _Record
         if (module, name) == ("torch.serialization", "_get_layout"):
-            return str
+            return text
         return super().find_class(module, name)
 
 
@@ -83,7 +86,7 @@ class TorchDist:
         first = 0 if row is None else row
         count = entry.shape[0] if row is None and entry.shape else 1
         result = torch.empty((count, *entry.shape[1:]) if entry.shape else (), dtype=entry.dtype)
-        covered = 0
+        covered, used = 0, []
         for chunk in entry.chunks:
             if not chunk.offsets:
                 return self.load(chunk, entry.dtype)
@@ -96,6 +99,9 @@ class TorchDist:
                 place = place.narrow(dim, offset, size)
             place.copy_(piece)
             covered += piece.numel()
+            used.append(chunk)
+        if twice := _overlap(used):
+            raise UserError(f"{self.folder}: the pieces of {name} at {twice[0].offsets} and {twice[1].offsets} overlap")
         if covered != result.numel():
             raise UserError(f"{self.folder}: the pieces of {name} cover {covered} of its {result.numel()} numbers")
         return result if row is None else result[0]
@@ -168,17 +174,27 @@ def _kind(name: str) -> str:
 
 
 def _key(index: Any) -> tuple[str, tuple[int, ...]]:
-    return index.fqn, tuple(getattr(index, "offset", None) or ())
+    return index.fqn, _numbers(getattr(index, "offset", None) or ())
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (tuple, list)):
+        raise UserError(f"gives a {type(values).__name__} where the sizes or offsets of a tensor belong")
+    return tuple(int(value) for value in values)
 
 
 def _entry(name: str, found: Any, storage: Mapping[tuple[str, tuple[int, ...]], Any]) -> Entry:
     dtype = next((x for x in _state(found.properties) if isinstance(x, torch.dtype)), None)
     if dtype is None:
         raise UserError(f"says no dtype for {name}")
-    chunks = tuple(_piece(name, tuple(piece.offsets), tuple(piece.sizes), storage) for piece in found.chunks)
-    shape = tuple(int(size) for size in found.size)
+    chunks = tuple(_piece(name, _numbers(piece.offsets), _numbers(piece.sizes), storage) for piece in found.chunks)
+    shape = _numbers(found.size)
     if odd := [chunk for chunk in chunks if not _lies_inside(chunk, shape)]:
         raise UserError(f"says that {name} has the shape {shape}, and a piece {odd[0].sizes} at {odd[0].offsets}")
+    if all(chunk.offsets for chunk in chunks):
+        covered, full = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
+        if covered != full or 0 in shape:
+            raise UserError(f"says that the pieces of {name} {shape} cover {covered} of its {full} numbers")
     return Entry(shape, dtype, chunks)
 
 
@@ -188,6 +204,18 @@ def _lies_inside(chunk: Chunk, shape: tuple[int, ...]) -> bool:
     if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
         return False
     return all(0 <= first <= first + size <= limit for first, size, limit in zip(chunk.offsets, chunk.sizes, shape))
+
+
+def _overlap(chunks: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
+    """Two pieces that hold the same element, if there are any."""
+    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
+    for place, one in enumerate(ordered):
+        for other in itertools.islice(ordered, place + 1, None):
+            if other.offsets[0] >= one.offsets[0] + one.sizes[0]:
+                break  # so do all that follow
+            if all(a < b + n and b < a + m for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes)):
+                return one, other
+    return None
 
 
 def _piece(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], storage: Mapping[Any, Any]) -> Chunk:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.checkpoint.archive import examine
+from modellink_lora.checkpoint.pickle_limits import check_keys, check_size, container, some_bytes, text
 from modellink_lora.config.errors import UserError
 
 
@@ -34,7 +35,7 @@ class _Dtype:
     """A numpy dtype of plain numbers. numpy's own takes a state from the pickle with which it reads foreign memory."""
 
     def __init__(self, name: Any, *args: Any) -> None:
-        if not re.fullmatch(r"[<>|=]?[biufc?]\d*", str(name)):
+        if not re.fullmatch(r"[<>|=]?[biufc?]\d*", text(name)):
             raise UserError(f"contains the numpy type {name!r}, which weights do not need: the file is refused unread")
         self.dtype = np.dtype(name)
 
@@ -43,14 +44,9 @@ class _Dtype:
 
 
 def _scalar(kind: Any, data: Any) -> Any:
+    if not (isinstance(kind, _Dtype) and isinstance(data, bytes)):
+        raise UserError("contains a numpy number of no numpy type: the file is refused unread")
     return np.frombuffer(data, kind.dtype)[0]
-
-
-def _bytes(data: Any = b"") -> bytes:
-    """bytes and bytearray, but not of a number, which would ask for so many zeros."""
-    if isinstance(data, int):
-        raise UserError(f"asks for {data} bytes, which weights do not need: the file is refused unread")
-    return bytes(data)
 
 
 def _rebuild_npu_tensor(
@@ -62,21 +58,28 @@ def _rebuild_npu_tensor(
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("argparse", "Namespace"): Namespace,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): defaultdict,
+    ("collections", "OrderedDict"): container(OrderedDict, pairs=True),
+    ("collections", "defaultdict"): container(defaultdict, pairs=True),
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): Inert,
+    ("_io", "BytesIO"): Inert,  # how Transformer Engine stores the scaling state of fp8 kernels
     ("numpy", "ndarray"): Inert,  # random states; nothing that is read from a checkpoint is a numpy array
     ("numpy", "dtype"): _Dtype,
     # numpy 1 and 2 keep these two in modules of different names
     **{(f"numpy.{core}.multiarray", "_reconstruct"): Inert for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,  # torch 0.3
-    **{("builtins", t.__name__): t for t in (set, frozenset, complex, slice, list, dict, tuple, int, float, bool, str)},
-    ("builtins", "bytes"): _bytes,
-    ("builtins", "bytearray"): _bytes,
+    **{("builtins", t.__name__): t for t in (complex, slice, int, float, bool)},
+    **{("builtins", t.__name__): container(t) for t in (list, tuple)},
+    **{("builtins", t.__name__): container(t, hashed=True) for t in (set, frozenset)},
+    ("builtins", "dict"): container(dict, pairs=True),
+    ("builtins", "str"): text,
+    ("builtins", "unicode"): text,  # protocol 2 has the names of Python 2
+    ("builtins", "long"): int,
+    ("builtins", "bytes"): some_bytes,
+    ("builtins", "bytearray"): some_bytes,
 }  # fmt: skip
 # Members of args or of optimizer state that come from these libraries are of no use here.
 _INERT_LIBRARIES = (
@@ -94,9 +97,14 @@ class RestrictedUnpickler(pickle._Unpickler):
     """
 
     records: Mapping[str, int] | None = None  # sizes in bytes of an archive's records; None where there is no archive
+    left: int = 0  # bytes that the storages still to come may have where there is no archive
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
-    stack: list[Any]
+    stack: list[Any]  # in the steps below, what came after the last mark
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: set[str | int] = set()  # keys of storages
 
     def find_class(self, module: str, name: str) -> Any:
         module = "builtins" if module == "__builtin__" else module  # pickle protocol 2, which torch.save writes
@@ -114,6 +122,32 @@ class RestrictedUnpickler(pickle._Unpickler):
             return Inert
         raise UserError(f"contains {module}.{name}, which weights do not need: the file is refused unread")
 
+    def load_setitem(self) -> None:
+        check_keys(self.stack[-2:-1], also=(Inert,))
+        super().load_setitem()  # type: ignore[misc]
+
+    def load_setitems(self) -> None:
+        check_keys(self.stack[::2], also=(Inert,))
+        super().load_setitems()  # type: ignore[misc]
+
+    def load_dict(self) -> None:
+        check_keys(self.stack[::2], also=(Inert,))
+        super().load_dict()  # type: ignore[misc]
+
+    def load_additems(self) -> None:
+        check_keys(self.stack, also=(Inert,))
+        super().load_additems()  # type: ignore[misc]
+
+    def load_frozenset(self) -> None:
+        check_keys(self.stack, also=(Inert,))
+        super().load_frozenset()  # type: ignore[misc]
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
     def load_build(self) -> None:
         owner = self.stack[-2]
         if not isinstance(owner, _WITH_STATE):
@@ -124,13 +158,18 @@ class RestrictedUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def load_binpersid(self) -> None:
-        kind, *rest = self.stack[-1]
-        if kind != "storage":
-            raise UserError(f"contains a {kind}, which weights do not need: the file is refused unread")
-        if self.records is not None:
-            element = 1 if rest[0] is torch.UntypedStorage else rest[0].dtype.itemsize
-            if (said := rest[3] * element) != (held := self.records.get(f"data/{rest[1]}")):
-                raise UserError(f"damaged: a tensor of {said} bytes is said to be in data/{rest[1]}, which has {held}")
+        kind, element, key, _location, numel, *_view = self.stack[-1]
+        check_keys([self.stack[-1][2:]])  # torch looks them up
+        if kind != "storage" or not (isinstance(key, (str, int)) and isinstance(numel, int)):
+            raise UserError("contains something else than storages of tensors: the file is refused unread")
+        said = numel * (1 if element is torch.UntypedStorage else element.dtype.itemsize)
+        if self.records is None:
+            self.left -= 0 if key in self.seen else said
+            self.seen.add(key)
+            if said < 0 or self.left < 0:
+                raise UserError("damaged: its tensors are said to have more bytes than the file")
+        elif said != (held := self.records.get(f"data/{key}")):
+            raise UserError(f"damaged: a tensor of {said} bytes is said to be in data/{key}, which has {held}")
         super().load_binpersid()  # type: ignore[misc]
 
     dispatch[pickle.BINPERSID[0]] = load_binpersid
@@ -139,15 +178,17 @@ class RestrictedUnpickler(pickle._Unpickler):
 def _member(owner: Any, name: str) -> Inert:
     """What Python 3.11.2 and its neighbours store for a member of an enum: getattr(class, name)."""
     if not (isinstance(owner, type) and issubclass(owner, Inert)):
-        raise UserError(f"contains getattr of {name!r}, which weights do not need: the file is refused unread")
+        raise UserError(f"contains getattr of {text(name)!r}, which weights do not need: the file is refused unread")
     return owner(name)
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
+def _encode_latin1(value: str, encoding: str) -> bytes:
     """numpy spells bytes as _codecs.encode(text, 'latin1'); other codecs have no business here."""
     if encoding != "latin1":
-        raise UserError(f"contains _codecs.encode with {encoding!r}, which weights do not need: the file is refused")
-    return text.encode("latin1")
+        raise UserError(
+            f"contains _codecs.encode with {text(encoding)!r}, which weights do not need: the file is refused"
+        )
+    return text(value).encode("latin1")
 
 
 def load_rank_file(path: Path) -> dict[str, Any]:
@@ -187,21 +228,28 @@ def load(source: Path | bytes, *, where: str | None = None) -> Any:
         raise UserError(f"{source}: no such file")
     try:
         records = examine(source)
-        unpickler = type("Unpickler", (RestrictedUnpickler,), {"records": records})
+        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        unpickler = type("Unpickler", (RestrictedUnpickler,), {"records": records, "left": size})
         # what torch.load expects of a pickle module; it looks at the name as well
-        module = SimpleNamespace(
-            __name__=__name__,
-            Unpickler=unpickler,
-            load=lambda file, **options: RestrictedUnpickler(file, **options).load(),
-        )
+        module = SimpleNamespace(__name__=__name__, Unpickler=unpickler, load=_note)
         opened = source if isinstance(source, Path) else io.BytesIO(source)
         mapped = isinstance(source, Path) and records is not None
-        return torch.load(opened, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+        found = torch.load(opened, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+        check_size(found)
+        return found
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # torch and pickle raise a dozen types for a bad file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{where}: damaged, cut short or not a checkpoint ({reason})") from None
+
+
+def _note(file: Any, **options: Any) -> Any:
+    """What the older format keeps beside its tensors: numbers, the writer's system, the keys of its storages."""
+    found = RestrictedUnpickler(file, **options).load()
+    check_size(found)
+    check_keys(found if isinstance(found, list) else ())
+    return found
 
 
 def _dictionary(document: Any, where: str) -> dict[str, Any]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from modellink_lora.checkpoint.rank_files import open_rank_files
+from modellink_lora.checkpoint.torch_dist import open_torch_dist
 from modellink_lora.checkpoint.unpickle import load_rank_file, load_tensors
 from modellink_lora.config.errors import UserError
 from tests.helpers.conversion import convert
@@ -69,3 +81,59 @@ def test_archives_without_checksums_are_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(load_rank_file(tmp_path / "x.pt")["w"], torch.arange(4.0))
+
+
+def two_pieces(folder: Path, second: tuple[int, int], shape: tuple[int, ...] = (4, 2)) -> Path:
+    """A torch_dist folder of one tensor [4, 2] in two pieces [2, 2], of which the second lies at `second`."""
+    chunks, storage = [], {}
+    for number, offsets in enumerate([(0, 0), second]):
+        path = folder / f"__{number}_0.distcp"
+        torch.save(torch.full((2, 2), float(number)), path)
+        chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size((2, 2))))
+        storage[MetadataIndex("w", torch.Size(offsets))] = _StorageInfo(path.name, 0, path.stat().st_size)
+    described = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"w": described}, None, storage)))
+    return folder
+
+
+def test_pieces_that_overlap_or_do_not_cover_are_refused(tmp_path: Path) -> None:
+    """They add up to the size of the tensor, and leave a part of it to whatever was in memory."""
+    read = open_torch_dist(two_pieces(tmp_path, (2, 0))).read("w")
+    assert torch.equal(read, torch.tensor([0.0, 0, 1, 1]).view(4, 1).expand(4, 2))
+    with pytest.raises(UserError, match=r"cover 8 of its 17592186044416 numbers"):
+        open_torch_dist(two_pieces(tmp_path, (2, 0), (2**43, 2)))
+    with pytest.raises(UserError, match=r"the pieces of w at \(0, 0\) and \(1, 0\) overlap"):
+        open_torch_dist(two_pieces(tmp_path, (1, 0))).read("w")
+
+
+@pytest.mark.parametrize("name", ["tensor_model_parallel_size", "expert_model_parallel_size", "lora_target_modules",
+                                  "geglu", "num_experts", "padded_vocab_size", "untie_embeddings_and_output_weights",
+                                  "use_glm_rope", "num_attention_heads"])  # fmt: skip
+@pytest.mark.parametrize("value", ["x", 1.5, [1, ["a"]], {}, torch.zeros(2), torch.float16, b"x", -1, 2**70],
+                         ids=lambda value: type(value).__name__)  # fmt: skip
+def test_args_of_another_type_are_one_line(name: str, value: Any, rank_files: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(rank_files, tmp_path / "mg")
+    for path in root.rglob("*.pt"):
+        document = torch.load(path, weights_only=False)
+        setattr(document["args"], name, value)
+        torch.save(document, path)
+    try:
+        open_rank_files(root)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not isinstance(value, torch.Tensor)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1, 1, 1)])
+@pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "decoder.layers.0.mlp.linear_fc2.weight"])
+def test_weights_of_other_dimensions_are_one_line(
+    name: str, shape: tuple[int, ...], rank_files: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(rank_files, tmp_path / "mg")
+    for path in root.rglob("*.pt"):
+        document = torch.load(path, weights_only=False)
+        document["model"][name] = torch.zeros(shape)
+        torch.save(document, path)
+    with pytest.raises(UserError, match="expected two dimensions"):
+        open_rank_files(root)

@@ -6,14 +6,19 @@ Seen in public as pytorch/pytorch #143326: torch.load handed archives to torch.j
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import pickle
+import random
 import tarfile
+import time
 import zipfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -146,8 +151,9 @@ def test_a_tar_archive_that_begins_like_an_old_file_is_refused(tmp_path: Path) -
     data[148:156] = f"{checksum:06o}\0 ".encode()
     (tmp_path / "x.pt").write_bytes(data)
     assert tarfile.is_tarfile(tmp_path / "x.pt")
-    with pytest.raises(UserError, match="begins like a file of"):
-        examine(tmp_path / "x.pt")
+    for source in (tmp_path / "x.pt", bytes(data)):
+        with pytest.raises(UserError, match="begins like a file of"):
+            examine(source)
 
 
 def bare(code: bytes, path: Path) -> Path:
@@ -195,6 +201,91 @@ def test_pickles_that_ask_for_the_impossible_are_one_line(code: bytes, tmp_path:
     with pytest.raises(UserError) as caught:
         load_rank_file(bare(code, tmp_path / "x.pt"))
     assert "\n" not in str(caught.value)
+
+
+def pair(code: bytes, times: int) -> bytes:
+    """`times` tuples around `code`, each of twice the one before."""
+    return code + b"2\x86" * times
+
+
+SCALAR = (b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00i8\x85Rc_codecs"
+          b"\nencode\nX\x08\x00\x00\x00\x00\x00\x00\x00\x05\x00\x00\x00X\x06\x00\x00\x00latin1\x86R\x86R")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (b"}" + pair(b")", 40) + b"K\x01s", "has a tuple for a key"),  # its hash takes a year
+        (b"}" + b")" + b"\x85" * 200_000 + b"K\x01s", "has a tuple for a key"),  # its hash ends the process
+        (b"}(" + pair(b")", 40) + b"K\x01u", "has a tuple for a key"),
+        (b"(" + pair(b")", 40) + b"K\x01d", "has a tuple for a key"),
+        (b"\x8f(" + pair(b")", 40) + b"\x90", "has a tuple for a key"),
+        (b"(" + pair(b")", 40) + b"\x91", "has a tuple for a key"),
+        (b"c__builtin__\nset\n]" + pair(b")", 40) + b"a\x85R", "has a tuple for a key"),
+        (b"c__builtin__\ndict\n](" + pair(b")", 40) + b"K\x01ta\x85R", "has a tuple for a key"),
+        (b"ccollections\ndefaultdict\nN](" + pair(b")", 40) + b"K\x01ta\x86R", "has a tuple for a key"),
+        (b"ccollections\nOrderedDict\n](" + pair(b")", 40) + b"K\x01ta\x85R", "has a tuple for a key"),
+        (b"c__builtin__\nstr\n" + pair(b")", 40) + b"\x85R", "makes text of a tuple"),
+        (b"cnumpy\ndtype\n" + pair(b")", 40) + b"\x85R", "makes text of a tuple"),
+        (
+            b"(" + pair(b")", 40) + b"cmegatron.core\nX\nX\x01\x00\x00\x000NNtQ",
+            "tuple for a key|something else than storages",
+        ),
+        (b"c__builtin__\nbytes\n" + SCALAR + b"\x85R", "makes bytes of a int64"),  # 20 GiB
+        (b"c__builtin__\nlist\n" + SCALAR + b"\x85R", "makes a container of a int64"),
+        (b"}X\x01\x00\x00\x00a" + pair(b")", 40) + b"s", "describes more than 4000000 objects"),
+        (b"}X\x01\x00\x00\x00a" + b")" + b"\x85" * 200 + b"s", "nested more than 100 deep"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
+)
+def test_a_small_pickle_cannot_take_all_time_or_memory(code: bytes, said: str, tmp_path: Path) -> None:
+    """What is stored once and used many times is as large as it claims when it is hashed, printed or walked through."""
+    with pytest.raises(UserError, match=said):
+        load_rank_file(bare(code, tmp_path / "x.pt"))
+
+
+def test_many_names_that_are_there_twice_are_found_at_once(tmp_path: Path) -> None:
+    good = saved(tmp_path / "good.pt")
+    with zipfile.ZipFile(good, "a") as archive:
+        for number in range(20_000):
+            info = zipfile.ZipInfo(f"good/data/{number // 2 + 10}")
+            with pytest.warns(UserWarning) if number % 2 else contextlib.nullcontext():
+                archive.writestr(info, b"")
+    began = time.process_time()
+    with pytest.raises(UserError, match="twice"):
+        examine(good)
+    assert time.process_time() - began < 3
+
+
+def test_an_old_file_whose_tensors_are_larger_than_itself_is_refused(tmp_path: Path) -> None:
+    """Memory for each would be taken before the first is read."""
+    old = tmp_path / "old.bin"
+    torch.save({"w": torch.arange(1000.0)}, old, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_rank_file(old)["w"], torch.arange(1000.0))
+    data = old.read_bytes()
+    claim = data.replace(b"M\xe8\x03N", b"J\xff\xff\xff\x7fN", 1)  # the number of elements
+    assert claim != data
+    old.write_bytes(claim)
+    with pytest.raises(UserError, match="more bytes than the file"):
+        load_rank_file(old)
+
+
+def test_scaling_states_of_transformer_engine_are_read_past(tmp_path: Path) -> None:
+    """Its modules keep them in a BytesIO."""
+    found = load_rank_file(saved(tmp_path / "x.pt", {"w": torch.ones(2), "_extra_state": io.BytesIO(b"abc")}))
+    assert torch.equal(found["w"], torch.ones(2))
+
+
+def test_containers_and_keys_that_checkpoints_have_are_read(tmp_path: Path) -> None:
+    document = {
+        1: "a", (torch.float32, torch.bfloat16): {0}, "set": {1, "b"}, "frozen": frozenset({2}), None: (1, 2),
+        "ordered": OrderedDict(a=1), "default": defaultdict(list, {"x": [1]}), "scalar": np.float64(1.5),
+        "args": argparse.Namespace(a=[1], b=b"\xff", kind=int), "state": random.Random(1).getstate(), "empty": b"",
+    }  # fmt: skip
+    path = saved(tmp_path / "x.pt", document)
+    assert load_rank_file(path) == document
+    torch.save(document, path, pickle_protocol=4)
+    assert load_rank_file(path) == document
 
 
 def test_a_tensor_of_more_bytes_than_its_record_is_refused(tmp_path: Path) -> None:
