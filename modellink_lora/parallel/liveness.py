@@ -75,6 +75,7 @@ class Liveness:
         # one process of each host tells what was found on another; of the store's end, which is mostly rank 0's own
         # and cannot be agreed upon, somebody else tells on rank 0's host
         self._node, self._speaks = str(rank - local_rank), local_rank == 0
+        self._author = f"{self._node} {rank}"  # before a verdict of this process
         self._speaks_of_store = local_rank == (1 if self._node == "0" else 0)
         self._store = dist.TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=timing.patience)
@@ -128,12 +129,12 @@ class Liveness:
         """End this process in the name of one of this host that is gone, if one is, and nobody has given a reason."""
         if self._lost:
             self._spoken = True
-            self._ended(self._lost, 1, self._write(self._verdict, f"{self._node}\n{self._lost}"))
+            self._ended(self._lost, 1, self._write(self._verdict, f"{self._author}\n{self._lost}"))
 
     def say(self, line: str) -> bool:
         """Write the verdict, if there is none; whether this was the first, or the store does not answer."""
         self._spoken = True
-        return self._write(self._verdict, f"{self._node}\n{line}")
+        return self._write(self._verdict, f"{self._author}\n{line}")
 
     def leave(self) -> None:
         """The work is done here. Rank 0, which may hold the store, waits for the others, dead ones excepted."""
@@ -157,7 +158,7 @@ class Liveness:
         if by is None:
             return
         self._known = self._lost
-        if not self._spoken and self._write(self._verdict, f"{self._node}\n{self._known}"):
+        if not self._spoken and self._write(self._verdict, f"{self._author}\n{self._known}"):
             self._ended(self._known, 1, True)
 
     def _name(self, start: str, world_size: int) -> None:
@@ -219,12 +220,16 @@ class Liveness:
             return
         gone = [rank for rank, silent in self._silent.items() if silent >= max(1, looks - 2)]
         line = f"error: {_names(gone, values)}: no sign of life for {patience:g} s; the job ends"
-        self._obey(self._store.compare_set(self._verdict, "", f"{self._node}\n{line}").decode(), own=line)
+        self._obey(self._store.compare_set(self._verdict, "", f"{self._author}\n{line}").decode())
 
-    def _obey(self, verdict: str, *, own: str | None = None) -> None:
-        """End this process. One process of each host says why: the one that found out, or the first of another host."""
-        node, line = verdict.split("\n", 1)
-        self._ended(line, 1, line == own or (self._speaks and node != self._node))
+    def _obey(self, verdict: str) -> None:
+        """End this process. One process of each host says why: the one that found out, or the first of another host.
+
+        Its own verdict comes here too: the heartbeat's thread may read it before the thread that wished it goes on.
+        """
+        author, line = verdict.split("\n", 1)
+        elsewhere = author.split(" ")[0] != self._node
+        self._ended(line, 1, author == self._author or (self._speaks and elsewhere))
 
     def _guard(self) -> None:
         """A store whose host has vanished neither answers nor closes: the heartbeat's thread then hangs in a call."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,7 +123,9 @@ def test_a_failing_engine_tells_everybody_and_ends_the_run() -> None:
         worker.ask([request(2)], one)
 
 
-def test_at_the_end_answers_are_finished_and_those_that_take_too_long_are_cut() -> None:
+def test_at_the_end_answers_are_finished_and_those_that_take_too_long_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = count()  # each look at the clock is a second later, and there is one for every token
+    monkeypatch.setattr("modellink_lora.inference.worker.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     short, long, late = Asker(), Asker(), Asker()
     worker = Worker(Counting(), most=8)
     worker.ask([request(1, length=50)], short)
@@ -133,6 +137,6 @@ def test_at_the_end_answers_are_finished_and_those_that_take_too_long_are_cut() 
             worker.ask([request(3)], late)
         refused.set()
 
-    worker.run(lambda: True, closing=closing, patience=0.2)
+    worker.run(lambda: True, closing=closing, patience=100)
     assert refused.is_set() and len(short.got[0]) == 50
     assert str(long.got[0][-1]) == "the server is shutting down" and not late.got

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,3 +48,21 @@ def test_the_first_reason_of_a_job_stays(peers: tuple[Liveness, Said]) -> None:
     heartbeat._sibling_ended(1, None)
     heartbeat.blame_sibling()
     assert [speaks for *_, speaks in said] == [False]
+
+
+def test_the_one_who_found_out_speaks_whichever_of_its_threads_is_first(peers: tuple[Liveness, Said]) -> None:
+    """The heartbeat's thread may read the verdict back before the thread that wrote it goes on."""
+    heartbeat, said = peers
+    heartbeat._sibling_ended(1, "SIGKILL")
+    limit = time.monotonic() + 30
+    while len(said) < 3 and time.monotonic() < limit:  # one by this thread, others by the heartbeat's
+        time.sleep(0.01)
+    assert set(said) == {("error: rank 1 on host n1 is gone: ended by SIGKILL; the job ends", 1, True)}
+
+
+def test_a_sibling_that_found_the_same_a_moment_earlier_has_said_it(peers: tuple[Liveness, Said]) -> None:
+    heartbeat, said = peers
+    heartbeat._store.set(heartbeat._verdict, "0 2\nerror: rank 1 on host n1 is gone: ended by SIGKILL; the job ends")
+    heartbeat._sibling_ended(1, "SIGKILL")
+    heartbeat.blame_sibling()
+    assert said and not any(speaks for *_, speaks in said)
