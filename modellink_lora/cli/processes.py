@@ -10,6 +10,7 @@ import datetime
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -35,6 +36,7 @@ from modellink_lora.parallel.meeting import meet
 # All processes usually fail for the same reason: the others give the first that long to say it without a rank's name.
 _FIRST_SPEAKS_SECONDS = 3.0
 _TOGETHER_SECONDS = 30.0  # what processes that were started at one time may come late
+_ANSWER_SECONDS = 10.0  # what the store may take to say that its time is over
 
 
 @contextlib.contextmanager
@@ -111,6 +113,14 @@ def _met(launch: Launch, timeout_minutes: int) -> dist.Store | None:
     if launch.has_store:  # torchrun starts all processes at one time, and has brought the libraries into memory before
         alive = time.time() - psutil.Process().create_time()
         patience = min(patience, _TOGETHER_SECONDS + 3 * alive)
+    # torch waits without a limit for the answer of a program that listens there and is no store
+    deaf = UserError(
+        f"what listens at MASTER_ADDR={launch.master_address} MASTER_PORT={launch.master_port} does not answer as the "
+        "store of a job: another program has that port; set MASTER_PORT to a free one, the same for all processes"
+    )
+    limit = threading.Timer(patience + _ANSWER_SECONDS, end, (f"error: {deaf}", 1), {"speak": launch.local_rank == 0})
+    limit.daemon = True
+    limit.start()
     try:
         return meet(
             address=launch.master_address, port=launch.master_port, rank=launch.rank, world_size=launch.world_size,
@@ -119,6 +129,8 @@ def _met(launch: Launch, timeout_minutes: int) -> dist.Store | None:
         )  # fmt: skip
     except RuntimeError as error:
         raise not_met(error, launch) or error from error
+    finally:
+        limit.cancel()
 
 
 def _start(backend: str, launch: Launch, store: dist.Store | None, timeout_minutes: int) -> None:

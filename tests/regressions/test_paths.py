@@ -73,9 +73,10 @@ def test_refusals_are_one_line(
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize(
-    "words", [["-m", "modellink_lora"], ["posttrain_gpt.py", "--help"], ["convert_ckpt.py", "--help"]]
-)
+TRAIN = pytest.param(["posttrain_gpt.py", "--help"], marks=pytest.mark.slow)  # imports torch
+
+
+@pytest.mark.parametrize("words", [["-m", "modellink_lora"], TRAIN, ["convert_ckpt.py", "--help"]])
 @pytest.mark.parametrize("end", ["| head -n 1", ">&-", "> /dev/full", "| true"])
 def test_an_output_that_nobody_takes_is_no_traceback(words: list[str], end: str) -> None:
     command = f"{shlex.join([sys.executable, *words])} {end}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from modellink_lora.cli import processes
 from modellink_lora.cli.launch import Launch
 from modellink_lora.cli.processes import _met, joined
 from modellink_lora.config.errors import UserError
@@ -66,6 +67,26 @@ def test_a_taken_port_is_one_line_for_the_first_process(taken: int) -> None:
     launch = Launch(0, 2, 0, 2, "127.0.0.1", taken)
     with pytest.raises(UserError, match=f"^MASTER_PORT={taken} is taken on this host .*: set MASTER_PORT to"):
         _met(launch, timeout_minutes=1)
+
+
+def test_a_program_that_never_answers_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for the first answer of a listener without a limit."""
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(processes, "_ANSWER_SECONDS", 0.2)
+        # the test goes on where a job would end: the program goes away
+        monkeypatch.setattr(processes, "end", lambda line, status, *, speak: (said.append(line), hang_up(listener)))
+        with pytest.raises(UserError, match="does not meet the others"):
+            _met(Launch(1, 2, 1, 2, "127.0.0.1", port), timeout_minutes=0.01)  # type: ignore[arg-type]
+    assert [line.partition(" answer")[0] for line in said] == [
+        f"error: what listens at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} does not"
+    ]
+
+
+def hang_up(listener: socket.socket) -> None:
+    listener.accept()[0].close()
+    listener.close()
 
 
 def job(port: int, ranks: range, world_size: int, *, serves: bool) -> list[Any]:

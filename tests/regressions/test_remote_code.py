@@ -65,19 +65,28 @@ def test_code_runs_when_it_is_trusted(
     assert loaded("abc", add_special_tokens=False)["input_ids"] == [97, 98, 99]
 
 
-def test_yes_on_standard_input_changes_nothing(tokenizer: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, marker = tokenizer
+def preprocess_with_yes(folder: Path, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "d.json").write_text('[{"instruction": "q", "input": "", "output": "a"}]')
     command = [
         sys.executable, "preprocess_data.py", "--input", tmp_path / "d.json", "--output-prefix", tmp_path / "o",
         "--tokenizer-name-or-path", folder, "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type", "empty",
+        *words,
     ]  # fmt: skip
-    options = dict(cwd=ROOT, input="y\n" * 100, capture_output=True, text=True)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    refused = subprocess.run(command, env=environment, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, env=environment, cwd=ROOT, input="y\n" * 100, capture_output=True, text=True)
+
+
+def test_yes_on_standard_input_changes_nothing(tokenizer: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, marker = tokenizer
+    refused = preprocess_with_yes(folder, tmp_path)
     assert refused.returncode == 1 and not marker.exists()
     assert refused.stderr.count("\n") == 1 and "--trust-remote-code" in refused.stderr
-    trusted = subprocess.run([*command, "--trust-remote-code", "--workers", "2"], env=environment, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.slow
+def test_trusted_code_runs_in_worker_processes_too(tokenizer: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, marker = tokenizer
+    trusted = preprocess_with_yes(folder, tmp_path, "--trust-remote-code", "--workers", "2")
     assert trusted.returncode == 0, trusted.stderr
     assert marker.exists() and (tmp_path / "o_packed.json").exists()
 
