@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from modellink_lora.checkpoint.rank_files import RankFiles, as_model, open_rank_files
@@ -23,7 +22,7 @@ from modellink_lora.checkpoint.rank_tree import RankTree
 from modellink_lora.checkpoint.store import TRACKER, newest
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.checkpoint.torch_dist import COMMON, TorchDist, is_torch_dist, open_torch_dist
-from modellink_lora.config.document import read_text
+from modellink_lora.config.document import parse_yaml, read_text
 from modellink_lora.config.errors import UserError
 from modellink_lora.parallel.partition import Partition
 
@@ -179,9 +178,9 @@ def run_settings(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        document = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML ({(str(error) or 'damaged').splitlines()[0]})") from None
+        document = parse_yaml(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a mapping")
     return document

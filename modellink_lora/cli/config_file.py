@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from modellink_lora.config.document import parse_yaml
 from modellink_lora.config.errors import UserError
 
 
@@ -16,10 +17,10 @@ def read_mapping(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        node, content = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+        node, content = yaml.compose(text, Loader=yaml.SafeLoader), parse_yaml(text)
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 32nd of a month
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

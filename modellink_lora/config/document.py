@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from modellink_lora.config.errors import UserError
 
 T = TypeVar("T")
+_MOST_MERGED = 10_000  # entries of one mapping; each line of nested merges can multiply them
 
 
 def read_text(path: Path) -> str:
@@ -47,6 +48,25 @@ def parse_document(text: str | bytes, kind: type[T], *, where: str, closed: bool
     if not is_unicode(json.dumps(document, ensure_ascii=False)):  # written as \\ud800, which JSON's grammar allows
         raise UserError(f"{where}: holds half of a surrogate pair, which is no character")
     return typed(document, kind, where=where, closed=closed)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML `text` as plain values. Raises ValueError with the reason in one line."""
+    import yaml  # importing the configs alone needs the standard library only
+
+    class Loader(yaml.SafeLoader):
+        """Plain values only, and no mapping that merge keys (`<<`) blow up."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)
+            if len(node.value) > _MOST_MERGED:
+                line = node.start_mark.line + 1
+                raise ValueError(f"merge keys make more than {_MOST_MERGED} entries of the mapping in line {line}")
+
+    try:
+        return yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 32nd of a month
+        raise ValueError(" ".join(str(error).split()) or "damaged") from None
 
 
 def is_unicode(text: str) -> bool:

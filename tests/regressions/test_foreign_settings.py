@@ -51,7 +51,13 @@ def test_args_of_another_type_are_one_line(name: str, ranks: Path, tmp_path: Pat
             assert value is object or type(value) is type(found) or (type(found), type(value)) == (float, int), value
 
 
-@pytest.mark.parametrize("text", ["- 1", "a: [", "\x00", "3", "a: !!python/object:os.system {}", "'" * 9])
+# each line holds the one before three times: 3^30 entries in 30 lines
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 3)}]}}" for n in range(1, 31)]
+)
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "\x00", "3", "a: !!python/object:os.system {}", "'" * 9, MERGES])
 def test_a_run_config_that_is_damaged_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "run_config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"run_config.yaml: (not valid YAML|expected a mapping)") as error:

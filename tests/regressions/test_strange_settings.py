@@ -19,6 +19,12 @@ def bomb() -> str:
     return "\n".join(lines)
 
 
+def merges() -> str:
+    """Each line holds the mapping of the one before three times: 3^30 entries in 30 lines."""
+    lines = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 3)}]}}" for n in range(1, 31)]
+    return "\n".join(["a0: &a0 {x: 1}", *lines])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -34,6 +40,7 @@ def bomb() -> str:
         ("- lr", "must hold one mapping"),
         ("lr: [1, 2]", "is not a number"),
         (bomb(), "is not a number"),
+        (merges(), "is not YAML: merge keys make more than 10000 entries of the mapping in line 10"),
     ],
 )
 def test_what_yaml_would_make_of_it_is_told(
