@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -267,9 +268,14 @@ def fill(
 
 
 def rounding_notes(rounded: Mapping[str, torch.dtype], dtype: str) -> list[str]:
-    """What of the checkpoint `fill` rounded, in words; a line for each dtype that it was in."""
+    """What of the checkpoint `fill` rounded on any rank, in words; a line for each dtype. All ranks must call it."""
+    ranks: list[Any] = [rounded]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, dict(rounded))
+    everywhere = {name: kind for each in ranks for name, kind in each.items()}
     return [
-        f"rounded from {str(kind).removeprefix('torch.')} to {dtype} on the first stage: "
-        + kinds_of([name for name, source in rounded.items() if source == kind])
-        for kind in dict.fromkeys(rounded.values())
+        f"rounded from {str(kind).removeprefix('torch.')} to {dtype}: "
+        + kinds_of([name for name, source in everywhere.items() if source == kind])
+        for kind in dict.fromkeys(everywhere.values())
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from modellink_lora.models.build import rounding_notes
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import (
@@ -164,3 +165,14 @@ def test_random_weights_are_the_same_model_on_every_layout(base: Path, tmp_path:
 
 def test_deterministic_mode_trains_to_the_same_losses(base: Path, plain: list[float], tmp_path: Path) -> None:
     assert tune(base, tmp_path, TP2_SP, deterministic=True) == pytest.approx(plain, rel=ROUNDING)
+
+
+def rounded_here() -> list[str]:
+    """What is told when rank r had to round a tensor of layer r."""
+    name = f"decoder.layers.{torch.distributed.get_rank()}.input_layernorm.weight"
+    return rounding_notes({name: torch.float32}, "bf16")
+
+
+def test_what_any_stage_rounds_is_told_on_all() -> None:
+    told = ["rounded from float32 to bf16: 2 tensors (decoder.layers.*.input_layernorm.weight)"]
+    assert run(rounded_here, world_size=2) == [told, told]

@@ -118,7 +118,7 @@ def test_what_training_and_inference_round_is_told_for_their_summary(tmp_path: P
     rounded = fill(model, files, files.family, context, files.partition)
     assert rounded == {names[1]: torch.float32, names[2]: torch.float16}
     assert rounding_notes(rounded, "bf16") == [
-        "rounded from float32 to bf16 on the first stage: 1 tensor (decoder.final_layernorm.weight)",
-        "rounded from float16 to bf16 on the first stage: 1 tensor (output_layer.weight)",
+        "rounded from float32 to bf16: 1 tensor (decoder.final_layernorm.weight)",
+        "rounded from float16 to bf16: 1 tensor (output_layer.weight)",
     ]
     assert torch.equal(parameters[names[1]], files.read(names[1]).bfloat16())
