@@ -1,4 +1,7 @@
-"""Adapters and training states with seeded damage: one line, or the same result as without."""
+"""Adapters and training states with seeded damage: one line, or the same result as without.
+
+Seen in public as huggingface/peft#2118: missing keys of an adapter were loaded without a word.
+"""
 
 from __future__ import annotations
 

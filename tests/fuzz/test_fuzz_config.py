@@ -1,6 +1,9 @@
 """Mutated config.json, index and generation_config.json: refused in one line, or the model is still the same one.
 
 The slow part asks transformers: where a mutated folder opens, both must compute the same.
+
+Seen in public as ggml-org/llama.cpp#2793 (`rope_scaling` of null broke the conversion) and ggml-org/llama.cpp#2772 (a
+scaling that was not read gave a model that wrote nonsense).
 """
 
 from __future__ import annotations

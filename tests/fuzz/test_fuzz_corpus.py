@@ -1,4 +1,7 @@
-"""Token files with changed, missing or added bytes: refused, or what training reads is what was written."""
+"""Token files with changed, missing or added bytes: refused, or what training reads is what was written.
+
+Seen in public as allenai/OLMo-core#619: damaged token ids ended in a device-side assert of the embedding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Random flags with hostile values: one line, or configs whose numbers lie in their ranges; never another exception."""
+"""Random flags with hostile values: one line, or configs whose numbers lie in their ranges; never another exception.
+
+Seen in public as strands-labs/robots#1943: learning rates with which nothing can be learned were taken.
+"""
 
 from __future__ import annotations
 

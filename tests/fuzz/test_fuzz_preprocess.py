@@ -2,6 +2,8 @@
 
 The oracle knows the format of template `default` by itself: a line `Human: …` and `Assistant:` around the question,
 then the answer and the end token, each part encoded by the tokenizer alone.
+
+Seen in public as huggingface/datasets#8241: fields that were absent were filled with null, without a word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Seeded bytes and JSON against the real HTTP server: an answer or a refusal, never status 500, never silence."""
+"""Seeded bytes and JSON against the real HTTP server: an answer or a refusal, never status 500, never silence.
+
+Seen in public as vllm-project/vllm#35438: a malformed `response_format` was answered with status 500.
+"""
 
 from __future__ import annotations
 

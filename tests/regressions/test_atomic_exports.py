@@ -2,6 +2,8 @@
 
 Found by placing kills: between the two renames of an export over an older one, new tensors stood beside the old alpha
 and were loaded without a word, and on a full disk the tensors alone were left.
+
+Seen in public as petuum/adaptdl#81: a process killed between two files of one checkpoint leaves a mix of old and new.
 """
 
 from __future__ import annotations

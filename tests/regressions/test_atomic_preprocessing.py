@@ -1,4 +1,7 @@
-"""Seven files that belong together, in a folder with others: killed anywhere, the old set is there or the new one."""
+"""Seven files that belong together, in a folder with others: killed anywhere, the old set is there or the new one.
+
+Seen in public as facebookresearch/fairseq#2589: preprocessing was killed and left token files without their index.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Token files that are not what was written, or not what the model can learn from, do not train."""
+"""Token files that are not what was written, or not what the model can learn from, do not train.
+
+Seen in public as allenai/OLMo-core#619: damaged token ids ended in a device-side assert of the embedding.
+"""
 
 from __future__ import annotations
 

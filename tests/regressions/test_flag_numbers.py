@@ -2,6 +2,9 @@
 
 NaN is below nothing and above nothing, so that `if value < 0` lets it pass: a learning rate that trains nothing, a norm
 that is never clipped.
+
+Seen in public as strands-labs/robots#2028 (zero, negative and infinite norms to clip at were taken) and
+pytorch/pytorch#31367 (a negative norm turns all gradients around).
 """
 
 from __future__ import annotations

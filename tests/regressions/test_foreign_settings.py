@@ -1,4 +1,7 @@
-"""Settings in rank files, run_config.yaml and params.json of another type or size: one line. Found by fuzzing."""
+"""Settings in rank files, run_config.yaml and params.json of another type or size: one line. Found by fuzzing.
+
+Seen in public as huggingface/transformers#25818: a params.json that held a web page ended in a traceback.
+"""
 
 from __future__ import annotations
 

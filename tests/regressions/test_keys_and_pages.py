@@ -1,6 +1,8 @@
 """The key of server and web page, where it comes from, and what of the web page is open to whom.
 
 Uploads and requests through a page's own server: CVE-2024-47167 and others of gradio.
+
+Seen in public as gradio-app/gradio#8337: a CVE about a malicious upload.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Data sets that are read to their end before something is wrong with them, and folders with more than one writer."""
+"""Data sets that are read to their end before something is wrong with them, and folders with more than one writer.
+
+Seen in public as huggingface/datasets#8241 (a byte order mark changes what is read) and huggingface/datasets#4661
+(jobs that use one folder at a time).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the operating system refuses ends a command in one line; an error of the program keeps its traceback."""
+"""What the operating system refuses ends a command in one line; an error of the program keeps its traceback.
+
+Seen in public as tinghuiz/SfMLearner#82 (a read-only file system) and Mikubill/naifu#35 (a folder that cannot be made,
+after 13 hours of training): tracebacks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Data files as strangers make them: what is wrong is one line or a dropped record, and the rest is read."""
+"""Data files as strangers make them: what is wrong is one line or a dropped record, and the rest is read.
+
+Seen in public as alexa/massive#8: hidden files `._*.jsonl` were read as data and ended in a UnicodeDecodeError.
+"""
 
 from __future__ import annotations
 

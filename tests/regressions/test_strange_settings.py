@@ -1,4 +1,7 @@
-"""YAML files for `--config` as strangers write them: the value that stands there, or one line."""
+"""YAML files for `--config` as strangers write them: the value that stands there, or one line.
+
+Seen in public as hiyouga/LlamaFactory#4014 and huggingface/trl#1450: YAML reads a learning rate of 2e-5 as text.
+"""
 
 from __future__ import annotations
 

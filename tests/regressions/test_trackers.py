@@ -1,4 +1,7 @@
-"""Strange content of latest_checkpointed_iteration.txt: read right, or refused in one line."""
+"""Strange content of latest_checkpointed_iteration.txt: read right, or refused in one line.
+
+Seen in public as intelligent-machine-learning/dlrover#974: a tracker without a number ended in an error.
+"""
 
 from __future__ import annotations
 

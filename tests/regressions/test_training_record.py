@@ -2,6 +2,9 @@
 
 Found by fuzzing: a cut file, a list, a missing or unknown key or a text for a number ended in a traceback, and a bit
 flipped in the optimizer's state went on into the run.
+
+Seen in public as huggingface/transformers#35782: a checkpoint that was not written to its end stops the automatic
+resume.
 """
 
 from __future__ import annotations
