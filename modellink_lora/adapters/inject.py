@@ -11,6 +11,7 @@ from modellink_lora.adapters.fused import FusedLoraLinear, Fusion, make_layer
 from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear
 from modellink_lora.models.build import GPT
+from modellink_lora.models.finite import check_weight
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.parallel.partition import Partition
 from modellink_lora.parallel.random import kaiming_uniform
@@ -49,6 +50,7 @@ def inject(
         def shard(factor: str, linear: AdaptedLinear = linear) -> Tensor:
             layout = linear.a_layout if factor == "lora_A" else linear.b_layout
             full = read(f"{linear.name}.{factor}")
+            check_weight(full, dtype, f"{linear.name}.{factor}")
             part = layout.shard(full, context.tp_rank, context.tp_size)
             return part.to(device=context.device, dtype=dtype, copy=True).contiguous()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from modellink_lora.checkpoint.blocks import PeftOrigin, ratios, scaled_b
 from modellink_lora.checkpoint.checksums import check_document, check_file, with_checksums
 from modellink_lora.checkpoint.store import replacing_set
 from modellink_lora.config.adapter import LoraConfig
-from modellink_lora.config.document import read_document, typed
+from modellink_lora.config.document import read_document, to_json, typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -140,7 +139,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], meta: AdapterMeta
     with replacing_set(folder, META, instead_of=_OF_A_CHECKPOINT) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
         document = with_checksums(meta.to_json(), {TENSORS: temporary / TENSORS})
-        (temporary / META).write_text(json.dumps(document, indent=2) + "\n")
+        (temporary / META).write_text(to_json(document, indent=2, ensure_ascii=True) + "\n")
 
 
 def open_own(folder: Path, *, flag: str = "--lora-load") -> Adapter:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modellink_lora.config.errors import UserError
+from modellink_lora.models.finite import fits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,8 +36,10 @@ def convert(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
     """`tensor` in `dtype`. Raises UserError when a finite value becomes infinite (fp16 ends at 65504, bf16 at 3e38)."""
     if tensor.dtype == dtype:
         return tensor
-    converted = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(converted.isfinite(), tensor.isfinite()):
-        largest = tensor.abs().max().item()
-        raise UserError(f"{name}: the value {largest:.3g} does not fit --params-dtype fp16 (65504); use bf16 or fp32")
-    return converted
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(tensor.dtype).max and fits(tensor, tensor.dtype) and not fits(tensor, dtype):
+        largest, short = tensor.abs().max().item(), dtype_name(dtype, where=name)
+        others = "bf16 or fp32" if dtype == torch.float16 else "fp32"
+        fault = f"{name}: the value {largest:.3g} does not fit --params-dtype {short} ({most:.5g})"
+        raise UserError(f"{fault}; use {others}")
+    return tensor.to(dtype)

@@ -25,7 +25,7 @@ from modellink_lora.checkpoint.store import replacing_folder
 from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.checkpoint.unpickle import load_tensors
 from modellink_lora.checkpoint.weight_files import WeightFile, check_rivals, index_of, weight_files
-from modellink_lora.config.document import read_document
+from modellink_lora.config.document import read_document, to_json
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of, with_model_type
@@ -337,4 +337,4 @@ def _some(names: list[str]) -> str:
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(document, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ the common one, t tensor parallel size.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from modellink_lora.checkpoint.dtypes import DTYPES
 from modellink_lora.checkpoint.names import TARGETS, to_legacy
 from modellink_lora.checkpoint.rank_tree import SIDECAR, Spelling, check_spelling, rank_file
 from modellink_lora.checkpoint.store import iteration_folder, pointing_at, replacing_folder
+from modellink_lora.config.document import to_json
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Replicated, lora_layouts
 from modellink_lora.parallel.partition import Partition
@@ -104,7 +104,7 @@ def _document(
             if type(layout) is not Replicated:  # a parallel linear of Megatron's, which has this entry
                 _put(model, f"{local}._extra_state", None, spelling)
             bar.update()
-    sidecar = {"adapter": json.dumps(adapter.meta.to_json()), "stored": exact}
+    sidecar = {"adapter": to_json(adapter.meta.to_json(), ensure_ascii=True), "stored": exact}
     return {**{"model" if len(models) == 1 else f"model{n}": m for n, m in enumerate(models)}, SIDECAR: sidecar}
 
 

@@ -6,7 +6,6 @@ Letters: n query heads, g key/value heads, d head width, m model-parallel size.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from modellink_lora.checkpoint.outfile import OutFile
 from modellink_lora.checkpoint.store import replacing_set
 from modellink_lora.checkpoint.torch_file import put_checksums, torch_file
 from modellink_lora.checkpoint.unpickle import load_tensors
+from modellink_lora.config.document import to_json
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
@@ -247,7 +247,7 @@ def write_meta(
             file.finish()
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / TOKENIZER)
-        (temporary / PARAMS).write_text(json.dumps(layout.params(), indent=2) + "\n")
+        (temporary / PARAMS).write_text(to_json(layout.params(), indent=2, ensure_ascii=True) + "\n")
         if check is not None:
             check(temporary)
 

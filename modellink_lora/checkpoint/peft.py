@@ -7,7 +7,6 @@ comes apart into the tensors and settings that it was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.blocks import take_apart
 from modellink_lora.checkpoint.store import replacing_set
+from modellink_lora.config.document import to_json
 from modellink_lora.models.families import family_of
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -35,7 +35,7 @@ def write_peft_files(folder: Path, tensors: Mapping[str, Tensor], settings: Mapp
     """Write both files of a PEFT folder together: whoever looks sees the old adapter or the new one."""
     with replacing_set(folder, CONFIG, instead_of=(TENSORS, PICKLED)) as temporary:
         save_file(dict(tensors), temporary / TENSORS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(to_json(settings, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -282,13 +281,14 @@ class _Report:
             )
             if path:
                 from modellink_lora.checkpoint.store import replacing_file
+                from modellink_lora.config.document import to_json
 
                 found = {
                     "findings": [finding.as_json() for finding in self.findings], "hosts": self.hosts,
                     "problems": len(wrong), "warnings": warnings,
                 }  # fmt: skip
                 with replacing_file(Path(path)) as temporary:
-                    temporary.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+                    temporary.write_text(to_json(found, indent=2) + "\n")
         return 1 if wrong else 0
 
 

@@ -1,12 +1,14 @@
 """JSON documents of others, read into declared types: the value, or one line that names the file, the key and the type.
 
-Every JSON file this program reads goes through here, so that no reader checks types by hand.
+Every JSON file this program reads goes through here, so that no reader checks types by hand. What is measured is
+written through here too: JSON has neither NaN nor infinity, and most readers refuse a file that holds one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +69,22 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 32nd of a month
         raise ValueError(" ".join(str(error).split()) or "damaged") from None
+
+
+def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """`value`, made of dicts, lists and scalars, as JSON text; floats that are not finite are null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_unicode(text: str) -> bool:

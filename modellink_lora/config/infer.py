@@ -37,7 +37,7 @@ class InferConfig:
     min_p: float = flag(
         0.0, "sample from tokens with at least this share of the best one's probability", at_least=0, at_most=1
     )
-    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely", above=0)
+    repetition_penalty: float = flag(1.0, "above 1 makes tokens that were seen less likely", at_least=1e-3, at_most=1e3)
     num_beams: int = flag(2, "beams of a beam search", at_least=1)
     length_penalty: float = flag(1.0, "beams are compared by log-probability / length ** this")
     stop: tuple[str, ...] = flag((), "further texts that end an answer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from modellink_lora.adapters.merge import Change
 from modellink_lora.checkpoint.adapter import Adapter
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import to_json
 from modellink_lora.convert.plan import Plan
 
 _HEAD = ("layer", "max |change|", "update / weight", "max rounding", "rounding / update")
@@ -50,7 +50,7 @@ class MergeReport:
     def write(self, path: Path) -> None:
         document = {**self.title, "weights": {name: _row(change) for name, change in self.changes.items()}}
         with replacing_file(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(document, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
 
 
 def _row(change: Change) -> dict[str, float]:

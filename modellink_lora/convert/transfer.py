@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from modellink_lora.checkpoint.stored import Stored
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.plan import BLOCK_BYTES, Move
 from modellink_lora.convert.rows import Runs, cut_dimension, runs_of
+from modellink_lora.models.finite import check_weight
 
 _HERE = threading.local()  # each thread's workspace of merging
 
@@ -58,11 +58,7 @@ class Transfer:
         else:
             blocks = self._merged(move, stored.parts, runs, self.adapter, dtype)
         for block in blocks:
-            if not _is_finite(block):
-                raise UserError(
-                    f"{move.spec.name}: holds NaN or infinity, so the model computes nothing: training diverged, or a "
-                    "file is damaged; choose an earlier checkpoint"
-                )
+            check_weight(block, block.dtype, move.spec.name)
             yield block
 
     def _copied(self, move: Move, parts: Sequence[Tensor], runs: Runs, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -102,11 +98,6 @@ class Transfer:
             yield result
         with self._lock:
             self.changes.setdefault(move.spec.name, Change()).add(change)
-
-
-def _is_finite(block: Tensor) -> bool:
-    """Whether every value is: the extremes tell it, NaN included, many times faster than looking at each."""
-    return not block.numel() or all(math.isfinite(end.item()) for end in block.aminmax())
 
 
 def _row_bytes(part: Tensor) -> int:

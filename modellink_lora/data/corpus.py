@@ -25,7 +25,7 @@ import numpy
 
 from modellink_lora.checkpoint.checksums import check_document, with_checksums
 from modellink_lora.checkpoint.fileset import finish_replacing, replacing_files
-from modellink_lora.config.document import read_document
+from modellink_lora.config.document import read_document, to_json
 from modellink_lora.config.errors import UserError
 
 KEYS = ("input_ids", "attention_mask", "labels")
@@ -92,9 +92,9 @@ def writing_corpus(prefix: str, sidecar: dict[str, Any]) -> Iterator[CorpusWrite
         }
         places = {f"{key}.{ending}": temporary[name] for (key, ending), name in names.items()}  # sets may be renamed
         # names of files need not be Unicode; what is not becomes a question mark
-        text = json.dumps({**sidecar, **counts}, ensure_ascii=False).encode("utf-8", "replace")
+        text = to_json({**sidecar, **counts}).encode("utf-8", "replace")
         document = with_checksums(json.loads(text), places)
-        temporary[record].write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary[record].write_text(to_json(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _commit_file(prefix: str) -> Path:

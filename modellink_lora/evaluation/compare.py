@@ -49,7 +49,7 @@ from modellink_lora.inference.executor import Batch, Executor
 from modellink_lora.inference.logits import read_prompts
 from modellink_lora.inference.model import SourceWeights, load_stage, open_adapters, open_any_base
 from modellink_lora.inference.prompting import Prompter
-from modellink_lora.inference.request import PLAIN, TUNED, Choice, Request
+from modellink_lora.inference.request import PLAIN, TUNED, Choice, NotFinite, Request, not_finite
 from modellink_lora.models.build import DTYPES
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
@@ -243,7 +243,7 @@ class _Run:
             gc.collect()
             with self._loaded(Disturbed.of(model.base, dtype), model.adapters, lambda line: None) as executor:
                 if executor is not None:
-                    for key, logits in _logits(executor, self.sequences, model.runs[self.reference]):
+                    for key, logits in _logits(self.reference, executor, self.sequences, model.runs[self.reference]):
                         self.kept.keep_noise(key, dtype, logits)
         return found
 
@@ -275,11 +275,14 @@ class _Run:
                 Request(tuple(row), self.config.max_new_tokens, stop_ids=self.prompter.stop_ids, choice=choice)
                 for row in self.ids
             ]
-            # the first pass is slow: memory is allocated, kernels are chosen; of the prompts it sees one token
-            engine.generate([dataclasses.replace(asked[0], ids=asked[0].ids[:1], max_new_tokens=2)])
-            self.device.synchronize()
-            begin = time.perf_counter()
-            answers = engine.generate(asked)
+            try:
+                # the first pass is slow: memory is allocated, kernels are chosen; of the prompts it sees one token
+                engine.generate([dataclasses.replace(asked[0], ids=asked[0].ids[:1], max_new_tokens=2)])
+                self.device.synchronize()
+                begin = time.perf_counter()
+                answers = engine.generate(asked)
+            except NotFinite as error:
+                raise NotFinite(error.what, prompt=f"{name}, prompt {error.index + 1}", index=error.index) from None
             seconds = time.perf_counter() - begin
             found.append(
                 Variant(
@@ -304,7 +307,7 @@ class _Run:
         if variant.name in MERGED and self.reference != BASE:
             allowed = ALLOWED_FINE if dtype == computed else ALLOWED_COARSE
         gap = Gap(allowed, dtype) if variant.name != self.reference else None
-        for key, logits in _logits(executor, self.sequences, choice):
+        for key, logits in _logits(variant.name, executor, self.sequences, choice):
             if gap is None:
                 self.kept.keep(key, logits)
             else:
@@ -312,14 +315,21 @@ class _Run:
         variant.gap = gap
 
 
-def _logits(executor: Executor, sequences: Sequence[Sequence[int]], choice: Choice) -> Iterator[tuple[str, Tensor]]:
-    """(key, logits [n, v]) piece by piece, through row 0 of the cache."""
+def _logits(
+    name: str, executor: Executor, sequences: Sequence[Sequence[int]], choice: Choice
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, logits [n, v]) piece by piece, through row 0 of the cache. Raises NotFinite, with the variant's `name`."""
     executor.reserve(1, max(map(len, sequences)))
     for number, ids in enumerate(sequences):
         for start in range(0, len(ids), _AT_ONCE):
             piece = list(ids[start : start + _AT_ONCE])
             wanted = [(0, at) for at in range(len(piece))]
-            yield f"{number}.{start}", executor.forward(Batch(choice, [0], [start], [piece], wanted))
+            logits = executor.forward(Batch(choice, [0], [start], [piece], wanted))
+            if logits[:, 0].isnan().any():
+                at = start + int(logits[:, 0].isnan().int().argmax()) + 1
+                error = not_finite(f"after token {at} of prompt and answer", choice, executor.dtype)
+                raise NotFinite(error.what, prompt=f"{name}, prompt {number + 1}", index=number)
+            yield f"{number}.{start}", logits
 
 
 def _weight_bytes(model: Model, choice: Choice, dtype: str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.config.document import read_document, read_text
+from modellink_lora.config.document import read_document, read_text, to_json
 from modellink_lora.config.errors import UserError
 
 SETTINGS, ITEMS = "settings.json", "items.jsonl"
@@ -58,13 +58,13 @@ class Progress:
                 self.done |= {key_of(record): record for record in _read(file)}
         if replica == 0:
             with replacing_file(folder / SETTINGS) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                temporary.write_text(to_json(settings, indent=1) + "\n", encoding="utf-8")
         self._file = open(own, "a", encoding="utf-8")  # noqa: SIM115 - closed by join or with the process
 
     def add(self, records: Sequence[Record]) -> None:
         """Keep finished items; they survive this process from now on."""
         for record in records:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.write(to_json(record) + "\n")
             self.done[key_of(record)] = record
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -75,7 +75,7 @@ class Progress:
     def join(self, records: Sequence[Record]) -> None:
         """Write all items in one file, when every replica has ended."""
         with replacing_file(self.folder / ITEMS) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(to_json(record) + "\n" for record in records)
         for part in self.folder.glob("items.rank*.jsonl"):
             part.unlink()
 

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from modellink_lora import __version__
 from modellink_lora.checkpoint.store import replacing_file, writing
+from modellink_lora.config.document import to_json
 from modellink_lora.config.engine import EngineConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.evaluate import DEFAULT_FOLDER, EvalConfig
@@ -236,7 +236,7 @@ class _Run:
             "versions": versions(),
         }
         with replacing_file(self.folder / "results.json") as temporary:
-            temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(values, indent=1) + "\n", encoding="utf-8")
         counts = {len(item.choices) for item in self.items}
         chance = 1 / counts.pop() if len(counts) == 1 and counts != {0} else None
         title = f"{self.task.name}, {len(records)} questions" + (f"; {self.model.load}" if self.model.load else "")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.item import Item, Task
-from modellink_lora.inference.request import Choice, Completion, Request, Sampling, Score
+from modellink_lora.inference.request import Choice, Completion, NotFinite, Request, Sampling, Score
 
 Ids = list[int]
 Advance = Callable[[int], None]
@@ -88,16 +89,18 @@ class Answering:
 
     def _scored(self, items: Sequence[Item], progress: Advance) -> list[dict[str, Answer]]:
         found: list[dict[str, Answer]] = [{} for _ in items]
-        pairs, cuts = [], []
+        pairs, cuts, owners = [], [], []
         for item in items:
             for context, continuation in continuations(item, self._prompter, self._engine.tokenizer):
                 # the continuation's last token is only compared with, so it takes no position
                 shown = _fitting(context, self._engine.max_length + 1 - len(continuation), item)
                 pairs.append((shown, continuation))
                 cuts.append(len(context) - len(shown))
+                owners.append(item)
         for model in self._models if items else ():
             advance = _in_steps(progress, len(items), len(pairs))
-            totals = iter([one.total for one in self._engine.score(pairs, choice=Choice(model), progress=advance)])
+            with _naming(owners):
+                totals = iter([one.total for one in self._engine.score(pairs, choice=Choice(model), progress=advance)])
             cut = iter(cuts)
             for item, answers in zip(items, found):
                 scores = {name: next(totals) for name in item.choices}
@@ -124,11 +127,23 @@ class Answering:
             )
         for model in self._models if items else ():
             asked = [dataclasses.replace(request, choice=Choice(model)) for request in requests]
-            completions = self._engine.generate(asked, progress=progress)
+            with _naming(items):
+                completions = self._engine.generate(asked, progress=progress)
             for item, answers, cut, completion in zip(items, found, cuts, completions, strict=True):
                 prediction = self._task.read(item, completion.text)
                 answers[model] = Answer(prediction, self._task.judge(prediction, item), cut, text=completion.text)
         return found
+
+
+@contextlib.contextmanager
+def _naming(owners: Sequence[Item]) -> Iterator[None]:
+    """Inside the block logits that are not finite name their question; `owners` are in the order of what is asked."""
+    try:
+        yield
+    except NotFinite as error:
+        item = owners[error.index]
+        prompt = f"{item.subject}, question {item.number + 1}"
+        raise NotFinite(error.what, prompt=prompt, index=error.index) from None
 
 
 def _in_steps(progress: Advance, items: int, pairs: int) -> Advance:

@@ -13,7 +13,7 @@ from rich.console import Console
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.history import History
-from modellink_lora.inference.request import BASE, TUNED, Choice, Request, default_choice
+from modellink_lora.inference.request import BASE, TUNED, Choice, NotFinite, Request, default_choice
 from modellink_lora.inference.tasks import sampling_of
 
 _QUIT, _CLEAR = ("q", "quit", "exit"), ("clear", "new")
@@ -113,16 +113,23 @@ class Chat:
         self._seed += 1
         request = Request(tuple(ids), room, sampling, self._prompter.stop_ids, self._config.stop, choice)
         pieces: list[str] = []
-        with contextlib.closing(self._engine.stream(request)) as tokens, _interruptible() as interrupted:
-            for token in tokens:
-                if not pieces:  # not before: the engine may have had something to say
-                    self._console.print(f"{name}:", style="bold cyan", end=" ", highlight=False, markup=False)
-                pieces.append(token.text)
-                self._console.file.write(token.text)
-                self._console.file.flush()
-                if interrupted():
-                    break
-            stopped = interrupted()
+        try:
+            with contextlib.closing(self._engine.stream(request)) as tokens, _interruptible() as interrupted:
+                for token in tokens:
+                    if not pieces:  # not before: the engine may have had something to say
+                        self._console.print(f"{name}:", style="bold cyan", end=" ", highlight=False, markup=False)
+                    pieces.append(token.text)
+                    self._console.file.write(token.text)
+                    self._console.file.flush()
+                    if interrupted():
+                        break
+                stopped = interrupted()
+        except NotFinite as error:
+            self._say("")
+            if not self._console.is_terminal:  # a program reads on: let it fail
+                raise
+            self._say(f"error: {error}")
+            return False
         self._say(" [stopped]" if stopped else "")
         history.add(question, "".join(pieces))
         return not stopped

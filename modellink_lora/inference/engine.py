@@ -7,6 +7,7 @@ same examples before another question) computes only what is new.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,19 @@ from torch import Tensor
 from modellink_lora.config.errors import UserError
 from modellink_lora.inference.beam import Beams
 from modellink_lora.inference.executor import Executor
-from modellink_lora.inference.request import BASE, GREEDY, PLAIN, Choice, Completion, Request, Sampling, Score, Token
+from modellink_lora.inference.request import (
+    BASE,
+    GREEDY,
+    PLAIN,
+    Choice,
+    Completion,
+    NotFinite,
+    Request,
+    Sampling,
+    Score,
+    Token,
+    not_finite,
+)
 from modellink_lora.inference.rows import Prompt, Rows, Wanted
 from modellink_lora.inference.sampling import choose
 from modellink_lora.inference.text import TextStream
@@ -98,8 +111,11 @@ class Engine:
         for one in [one for one in self._running if one.number == number]:
             self._release(one)
 
-    def step(self) -> list[tuple[int, Token]]:
-        """One token of every running request, after those waiting have taken the free rows."""
+    def step(self) -> list[tuple[int, Token | NotFinite]]:
+        """One token of every running request, after those waiting have taken the free rows.
+
+        A request whose logits are not finite ends with NotFinite instead; the others go on.
+        """
         admitted = self._admit()
         self._close_ranks()
         logits = [*self._first_logits(admitted), *self._next_logits([x for x in self._running if x not in admitted])]
@@ -108,7 +124,8 @@ class Engine:
     def generate(
         self, requests: Sequence[Request], *, progress: Callable[[int], None] | None = None
     ) -> list[Completion]:
-        """The answers, in order. `progress` is told how many more have ended."""
+        """The answers, in order. `progress` is told how many more have ended. Raises NotFinite for the first of them
+        that cannot be computed."""
         assert not self.busy
         for request in requests:
             self.check(request)
@@ -120,6 +137,10 @@ class Engine:
         while self.busy:
             ended = 0
             for number, token in self.step():
+                if isinstance(token, NotFinite):
+                    self._drop_all()
+                    index = list(answers).index(number)
+                    raise NotFinite(token.what, prompt=f"prompt {index + 1}", index=index)
                 _add(answers[number], token)
                 ended += token.finish is not None
             if progress and ended:
@@ -127,11 +148,16 @@ class Engine:
         return list(answers.values())
 
     def stream(self, request: Request) -> Iterator[Token]:
-        """Tokens of one answer as they come. Closing the iterator ends the request."""
+        """Tokens of one answer as they come. Closing the iterator ends the request. Raises NotFinite."""
         number = self.submit(request)
         try:
             while any(one.number == number for one in (*self._waiting, *self._running)):
-                yield from (token for of, token in self.step() if of == number)
+                for of, token in self.step():
+                    if of != number:
+                        continue
+                    if isinstance(token, NotFinite):
+                        raise token
+                    yield token
         finally:
             self.cancel(number)
 
@@ -174,9 +200,17 @@ class Engine:
             found += list(zip(group, self._rows.compute(rows, choice, wanted), strict=True))
         return found
 
-    def _token(self, one: _Running, logits: Tensor) -> Token:
-        request = one.request
-        chosen = choose(logits, one.tokens, request.sampling, len(one.answer))
+    def _token(self, one: _Running, logits: Tensor) -> Token | NotFinite:
+        request, at = one.request, f"at token {len(one.answer) + 1} of the answer"
+        if math.isnan(logits[0]):
+            self._release(one)
+            self._rows.forget([one.row])
+            return self._not_finite(at, request.choice)
+        try:
+            chosen = choose(logits, one.tokens, request.sampling, len(one.answer))
+        except UserError as error:
+            self._release(one)
+            return NotFinite(f"{at}: {error}")
         logprobs = logits.log_softmax(-1)
         best = logprobs.topk(request.top_logprobs) if request.top_logprobs else None
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
@@ -199,6 +233,14 @@ class Engine:
     def _release(self, one: _Running) -> None:
         self._running.remove(one)
 
+    def _drop_all(self) -> None:
+        self._waiting.clear()
+        self._running.clear()
+        self._rows.forget()
+
+    def _not_finite(self, at: str, choice: Choice) -> NotFinite:
+        return not_finite(at, choice, self.executor.dtype)
+
     # One prompt, several answers at once.
 
     def beam_search(
@@ -206,23 +248,32 @@ class Engine:
         sampling: Sampling = GREEDY, stop_ids: frozenset[int] = frozenset(), choice: Choice = PLAIN,
         num_return: int = 1,
     ) -> list[Completion]:  # fmt: skip
-        """The best answers of a beam search (beam.py), best first; at a temperature above 0 each step is drawn."""
+        """The best answers of a beam search (beam.py), best first; at a temperature above 0 each step is drawn.
+
+        Raises NotFinite where a beam's logits are not finite: which beams are best is then unknown.
+        """
         assert not self.busy
+
+        def finite(logits: Tensor) -> Tensor:
+            if logits[:, 0].isnan().any():
+                self._rows.forget()
+                raise self._not_finite(f"at token {len(beams.tokens[0]) + 1} of the answer", choice)
+            return logits
+
         self.check(Request(tuple(ids), max_new_tokens, choice=choice))
         limit = min(max_new_tokens, self.max_length - len(ids))
         beams = Beams(num_beams, limit, prompt=ids, length_penalty=length_penalty, stop_ids=stop_ids, sampling=sampling)
         self._rows.reserve(num_beams, len(ids) + limit)
         row = self._rows.best(ids, choice)
-        logits = self._rows.compute([(row, ids)], choice, [(row, len(ids) - 1, None)])
+        logits = finite(self._rows.compute([(row, ids)], choice, [(row, len(ids) - 1, None)]))
         self._rows.copy([row] * num_beams, range(num_beams), len(ids))
         sources = beams.advance(logits.expand(num_beams, -1))
         while sources is not None:
             if sources != list(range(num_beams)):
                 self._rows.copy(sources, range(num_beams), len(ids) + len(beams.tokens[0]) - 1)
             rows = [(beam, [*ids, *tokens]) for beam, tokens in enumerate(beams.tokens)]
-            sources = beams.advance(
-                self._rows.compute(rows, choice, [(row, len(all_) - 1, None) for row, all_ in rows])
-            )
+            wanted: list[Wanted] = [(row, len(all_) - 1, None) for row, all_ in rows]
+            sources = beams.advance(finite(self._rows.compute(rows, choice, wanted)))
         return [
             Completion(list(found), self.tokenizer.decode(found, skip_special_tokens=True) if self.tokenizer else "",
                        "stop" if ended else "length", [], score)
@@ -238,6 +289,7 @@ class Engine:
         """Log-probabilities of continuations after contexts of at least one token, in order.
 
         Pairs that differ in their last token only are one forward pass; what pairs begin with in common is one too.
+        Raises NotFinite for logits that are not finite.
         """
         assert not self.busy
         asked: dict[tuple[int, ...], list[int]] = {}
@@ -265,6 +317,11 @@ class Engine:
             for ids in batch:
                 for number in asked[ids]:
                     each = [next(values) for _ in pairs[number][1]]
+                    if any(math.isnan(logprob) for logprob, _ in each):
+                        self._rows.forget()
+                        at = next(n for n, (logprob, _) in enumerate(each) if math.isnan(logprob))
+                        error = self._not_finite(f"at token {at + 1} of the continuation", choice)
+                        raise NotFinite(error.what, prompt=f"prompt {number + 1}", index=number)
                     found[number] = Score([logprob for logprob, _ in each], all(best for _, best in each))
             if progress:
                 progress(sum(len(asked[ids]) for ids in batch))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from modellink_lora.checkpoint.dtypes import dtype_name
 from modellink_lora.inference.cache import KeyValueCache, Places, cache_bytes
 from modellink_lora.inference.request import Choice
 from modellink_lora.inference.stage import Stage
@@ -55,11 +56,16 @@ class Executor:
     def vocab_size(self) -> int:
         return self.stage.config.vocab_size
 
+    @property
+    def dtype(self) -> str:
+        """In which it computes: fp32, bf16 or fp16."""
+        return dtype_name(self.stage.dtype, where="the model")
+
     # What the leader calls.
 
     def forward(self, batch: Batch) -> Tensor:
         """fp32 on the CPU: logits [n, v] after each of `wanted`; with targets [n, 2], log-probability and whether the
-        target is the most likely token."""
+        target is the most likely token. A row of logits that are not all finite is NaN (see Stage.logits)."""
         self._tell("_forward", batch)
         result = self._forward(batch)
         if self.context.pp_size == 1 or not batch.wanted:
@@ -84,6 +90,11 @@ class Executor:
         """Let rows `target` of the cache begin like rows `source`."""
         self._tell("_copy", source, target, length)
         self._copy(source, target, length)
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Zero `rows` of the cache. NaN left in one would reach its next prompt: a weight of 0 x NaN is NaN."""
+        self._tell("_clear", rows)
+        self._clear(rows)
 
     def dismiss(self) -> None:
         """Let the other processes leave `follow`."""
@@ -126,6 +137,11 @@ class Executor:
         assert self.cache is not None
         with torch.inference_mode():
             self.cache.copy(source, target, length)
+
+    def _clear(self, rows: Sequence[int]) -> None:
+        assert self.cache is not None
+        with torch.inference_mode():
+            self.cache.store[:, :, list(rows)] = 0
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """The result on the last stage, None elsewhere."""

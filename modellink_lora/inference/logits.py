@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modellink_lora.checkpoint.dtypes import dtype_name
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
@@ -27,7 +28,9 @@ from modellink_lora.data.templates import get_template
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.inference.prompt_file import read_prompts
+from modellink_lora.inference.request import PLAIN, TUNED, Choice, NotFinite, not_finite
 from modellink_lora.models.build import GPT
+from modellink_lora.models.finite import fits
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
 from modellink_lora.training.base import open_base
@@ -68,7 +71,7 @@ def prompt_logits(
     _check(ids, config, vocab_size=base.config.vocab_size, positions=_longest(base.config))
     seed_everything(_SEED, context, device)
     setup = set_up(base, lora, adapter, context, device, dtype=config.dtype, seed=_SEED, overrides={})
-    logits = forward_logits(setup.chunks[0], ids, context)
+    logits = forward_logits(setup.chunks[0], ids, context, Choice(TUNED) if adapter else PLAIN)
     if not context.is_main:
         return
     for note in setup.notes:
@@ -87,8 +90,15 @@ def prompt_logits(
     print(f"logits of {len(prompts)} prompts written to {config.output}", flush=True)
 
 
-def forward_logits(model: GPT, ids: Sequence[Sequence[int]], context: ParallelContext) -> list[Tensor]:
+def forward_logits(
+    model: GPT, ids: Sequence[Sequence[int]], context: ParallelContext, choice: Choice = PLAIN
+) -> list[Tensor]:
     """Logits [s, v] of each row of `ids` in fp32 on the CPU, padding of the vocabulary cut off; the same on every rank.
+
+    Raises NotFinite, on every rank, unless all of them are finite.
+
+    Args:
+        choice: the adapter in `model`, for messages.
 
     One row is one micro-batch, padded on the right to the longest: in a causal model no real token sees the padding.
     """
@@ -126,7 +136,13 @@ def forward_logits(model: GPT, ids: Sequence[Sequence[int]], context: ParallelCo
         if context.pp_size > 1:
             logits = logits.to(context.device)
             dist.broadcast(logits, src=last, group=context.pp_group)
-        result.append(logits[: len(row)].cpu().contiguous())
+        logits = logits[: len(row)].cpu().contiguous()
+        if not fits(logits, logits.dtype):
+            at = int(logits.isfinite().all(1).int().argmin()) + 1
+            dtype = dtype_name(model.config.params_dtype, where="the model")
+            error = not_finite(f"after token {at} of {len(row)}", choice, dtype)
+            raise NotFinite(error.what, prompt=f"prompt {n + 1}", index=n)
+        result.append(logits)
     return result
 
 

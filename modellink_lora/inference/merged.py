@@ -24,6 +24,7 @@ from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.inference.logits import forward_logits
 from modellink_lora.inference.model import SourceWeights
+from modellink_lora.inference.request import PLAIN, TUNED, Choice, NotFinite
 from modellink_lora.parallel.context import ParallelContext, make_context
 from modellink_lora.parallel.random import seed_everything
 from modellink_lora.training.base import Base
@@ -90,4 +91,8 @@ def _logits(
     base = Base(source.config, source.family, SourceWeights(source), None)
     lora = adapter.meta.lora if adapter else LoraConfig()
     setup = set_up(base, lora, adapter, context, device, dtype="fp32", seed=_SEED, overrides={})
-    return forward_logits(setup.chunks[0], [ids], context)[0]
+    try:
+        return forward_logits(setup.chunks[0], [ids], context, Choice(TUNED) if adapter else PLAIN)[0]
+    except NotFinite as error:
+        what = "base and adapter" if adapter else "the merged model"
+        raise NotFinite(error.what, prompt=f"--verify-logits of {what}") from None

@@ -24,6 +24,7 @@ from modellink_lora.device import Device
 from modellink_lora.inference.request import TUNED
 from modellink_lora.inference.stage import Stage
 from modellink_lora.models.build import DTYPES, build_chunks, fill, rounding_notes
+from modellink_lora.models.finite import check_weight
 from modellink_lora.parallel.context import ParallelContext
 from modellink_lora.training.base import Base, open_base
 from modellink_lora.training.setup import check_base, check_shapes, choose_lora, partition_of
@@ -101,18 +102,19 @@ def load_stage(
         check_shapes(adapter, linears[name])
     (model,) = build_chunks(base.config, context, partition, device, dtype=dtype)
     with torch.no_grad():
-        notes += rounding_notes(fill(model, base.weights, base.family, context, partition), dtype)
+        notes += rounding_notes(fill(model, base.weights, base.family, context, partition, where=base.root), dtype)
     layers = [f"decoder.layers.{number}" for number in partition.layers(context.pp_rank, 0)]
     stage = Stage(model, layers, context, device)
     for name, adapter in adapters.items():
         wide = DTYPES[adapter.meta.lora.dtype or dtype]
         for linear in linears[name]:
             if linear.name in stage.linears:
-                a, b = (
-                    layout.shard(adapter.read(f"{linear.name}.{factor}"), context.tp_rank, context.tp_size).to(
-                        device=context.device, dtype=wide
-                    )
-                    for factor, layout in (("lora_A", linear.a_layout), ("lora_B", linear.b_layout))
-                )
+                factors = []
+                for factor, layout in (("lora_A", linear.a_layout), ("lora_B", linear.b_layout)):
+                    full = adapter.read(f"{linear.name}.{factor}")
+                    check_weight(full, wide, f"{adapter.folder}: {linear.name}.{factor}")
+                    shard = layout.shard(full, context.tp_rank, context.tp_size)
+                    factors.append(shard.to(device=context.device, dtype=wide))
+                a, b = factors
                 stage.linears[linear.name].adapters[name] = a.contiguous(), b.t().contiguous(), linear.scaling
     return stage, notes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from modellink_lora.config.errors import UserError
+
 BASE = "base"  # the model without any adapter
 TUNED = "tuned"  # the adapter of --lora-load
 
@@ -87,6 +89,30 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
     counted: bool = True
+
+
+class NotFinite(UserError):
+    """The logits of a model are NaN or infinite, so no answer follows from them.
+
+    Args:
+        what: where in the answer, and what to check.
+        prompt: which one, in words; "" where there is only one.
+        index: of the prompt among those that were asked together.
+    """
+
+    def __init__(self, what: str, *, prompt: str = "", index: int = 0) -> None:
+        super().__init__(f"{prompt}, {what}" if prompt else what)
+        self.what, self.index = what, index
+
+
+def not_finite(at: str, choice: Choice, dtype: str) -> NotFinite:
+    """The error for logits computed in `dtype`; `at` says at which token."""
+    adapter = "" if choice.adapter == BASE else f", the adapter {choice.adapter} (at strength {choice.scale:g})"
+    also = ", which overflows above 65504 (take bf16 or fp32)" if dtype == "fp16" else ""
+    return NotFinite(
+        f"{at}: the model's logits are NaN or infinite, so there is no answer: check the checkpoint{adapter} and the "
+        f"dtype {dtype}{also}"
+    )
 
 
 @dataclass

@@ -59,6 +59,13 @@ class Rows:
         for row, held in zip(target, found, strict=True):
             self._rows[row] = held
 
+    def forget(self, rows: Sequence[int] | None = None) -> None:
+        """Empty `rows`, by default all: what lies there is not finite."""
+        rows = list(range(len(self._rows))) if rows is None else rows
+        self._executor.clear(rows)
+        for row in rows:
+            self._rows[row] = _Row()
+
     def share(self, prompts: Sequence[Prompt], choice: Choice, *, upto: int | None = None) -> None:
         """Let the rows of `prompts` begin with what any row of the cache, or one of them, has of theirs already.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from modellink_lora.config.errors import UserError
 from modellink_lora.inference.request import Sampling
 
 _COLDEST = 1e-6  # below it quotients overflow, and the most likely token has all the probability already
@@ -52,6 +54,8 @@ def choose(logits: Tensor, seen: Sequence[int], sampling: Sampling, number: int)
         return int(shaped(logits, seen, Sampling(repetition_penalty=sampling.repetition_penalty)).argmax())
     probabilities = shaped(logits, seen, sampling).double().softmax(-1)
     falling, order = probabilities.sort(descending=True, stable=True)
+    if math.isnan(falling[0]):  # NaN is sorted to the front
+        raise UserError(f"{sampling} makes numbers that are not finite of the model's logits: choose milder settings")
     at = int(torch.searchsorted(falling.cumsum(-1), uniform(sampling.seed, number), right=True))
     return int(order[min(at, int((falling > 0).sum()) - 1)])
 

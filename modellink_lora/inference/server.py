@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from modellink_lora.config.document import parse_document
+from modellink_lora.config.document import parse_document, to_json
 from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.access import check_key
@@ -23,7 +22,7 @@ from modellink_lora.inference.api_error import ApiError
 from modellink_lora.inference.api_request import Asked, Reader, short
 from modellink_lora.inference.listening import SPARE_CONNECTIONS, Limits, Listening, address_of, is_loopback
 from modellink_lora.inference.request import Token
-from modellink_lora.inference.worker import Busy, Ended, Worker
+from modellink_lora.inference.worker import Busy, Ended, NoAnswer, Worker
 
 _LONGEST = 200  # characters of a path in the log
 
@@ -98,7 +97,7 @@ def make_application(
         )
         writer = Writer(asked, text_of)
         request.state.writer = writer
-        tokens = ask(worker, asked)
+        tokens = ask(worker, asked, config.adapter_scale, say)
         if asked.stream:
             first = await anext(tokens)  # an error before it is still an answer with a status
             return StreamingResponse(
@@ -166,8 +165,14 @@ def parse(content: bytes) -> Any:
         raise ApiError(400, str(error)) from None
 
 
-async def ask(worker: Worker, asked: Asked) -> AsyncGenerator[tuple[int, Token], None]:
-    """(which request, token) as they come; closing the iterator cancels what has not ended."""
+async def ask(
+    worker: Worker, asked: Asked, usual_scale: float, say: Callable[[str], None]
+) -> AsyncGenerator[tuple[int, Token], None]:
+    """(which request, token) as they come; closing the iterator cancels what has not ended.
+
+    Args:
+        usual_scale: of the adapter, where a request names none.
+    """
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Token | Ended]]()
 
     def deliver(index: int, token: Token | Ended) -> None:
@@ -186,6 +191,9 @@ async def ask(worker: Worker, asked: Asked) -> AsyncGenerator[tuple[int, Token],
     try:
         while open_:
             index, token = await arrived.get()
+            if isinstance(token, NoAnswer):
+                say(printable(f"error: {token}"))
+                raise _no_answer(token, asked.requests[index].choice.scale, usual_scale)
             if isinstance(token, Ended):
                 raise ApiError(500 if "failed" in str(token) else 503, str(token))
             open_ -= token.finish is not None
@@ -193,6 +201,13 @@ async def ask(worker: Worker, asked: Asked) -> AsyncGenerator[tuple[int, Token],
     finally:
         if open_:
             worker.cancel(answer)
+
+
+def _no_answer(ended: NoAnswer, scale: float, usual_scale: float) -> ApiError:
+    """The model's fault, which no repetition mends (500, not 503), unless the request has set the adapter's scale."""
+    if scale != usual_scale:
+        return ApiError(400, str(ended), param="adapter_scale", code="logits_not_finite")
+    return ApiError(500, str(ended), code="logits_not_finite")
 
 
 async def collect(writer: Writer, tokens: AsyncIterator[tuple[int, Token]]) -> None:
@@ -223,7 +238,7 @@ async def events(writer: Writer, first: tuple[int, Token], tokens: Any) -> Async
 
 
 def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    return f"data: {to_json(chunk)}\n\n"
 
 
 class _Guard:

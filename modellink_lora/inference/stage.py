@@ -80,11 +80,15 @@ class Stage:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the last stage: [n, h] -> fp32 [n, v] over the whole vocabulary, its padding cut off; on every rank."""
+        """Of the last stage: [n, h] -> fp32 [n, v] over the whole vocabulary, its padding cut off; on every rank.
+
+        A row that holds NaN or infinity is NaN throughout, so that any number of it tells.
+        """
         logits = self._head(head_input(self.model.decoder.final_layernorm(hidden), self.config))
         if self.context.tp_size > 1:
             logits = gather_from_tensor_model_parallel_region(logits, group=self.context.tp_group)
-        return capped(logits, self.config)[:, : self.config.vocab_size].float()
+        logits = capped(logits, self.config)[:, : self.config.vocab_size].float()
+        return logits.add_(0 * logits.sum(1, keepdim=True))  # 0 for a finite sum, else NaN
 
     def _turn(self, places: Places) -> tuple[Tensor, Tensor] | None:
         """Cosine and signed sine [b, s, 1, 1, rotated channels] of the positions; None without rotary embedding."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import to_json
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.prompt_file import Prompt, encoded, shown
-from modellink_lora.inference.request import Completion, Request, Sampling, default_choice
+from modellink_lora.inference.request import Completion, NotFinite, Request, Sampling, default_choice
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,21 @@ def run_tasks(
             )  # fmt: skip
     if config.output is not None:
         with replacing_file(Path(config.output)) as temporary:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
         say(f"{len(rows)} answers written to {config.output}")
 
 
 def _beams(requests: Sequence[Request], config: InferConfig, engine: Any, bar: Any) -> list[Completion]:
     """One prompt after another: the beams of a prompt are the batch."""
     answers = []
-    for request in requests:
-        (best,) = engine.beam_search(
-            request.ids, request.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
-            sampling=request.sampling, stop_ids=request.stop_ids, choice=request.choice,
-        )  # fmt: skip
+    for number, request in enumerate(requests):
+        try:
+            (best,) = engine.beam_search(
+                request.ids, request.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
+                sampling=request.sampling, stop_ids=request.stop_ids, choice=request.choice,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise NotFinite(error.what, prompt=f"prompt {number + 1}", index=number) from None
         answers.append(_cut(best, config.stop))
         bar.update(1)
     return answers

@@ -24,7 +24,7 @@ from modellink_lora.inference.listening import SPARE_CONNECTIONS, Limits, Listen
 from modellink_lora.inference.page_guard import guarded
 from modellink_lora.inference.request import BASE, TUNED, Choice, Request, Sampling, Token
 from modellink_lora.inference.tasks import sampling_of
-from modellink_lora.inference.worker import Answer, Busy, Ended, Worker
+from modellink_lora.inference.worker import Answer, Busy, Ended, NoAnswer, Worker
 
 Memory = dict[str, list[tuple[str, str]]]  # model -> questions and answers
 Dialogue = list[Any]  # messages as gradio shows them: {"role": .., "content": ..}
@@ -187,11 +187,13 @@ class Page:
         shown = [[*_dialogue(side.history.pairs), {"role": "user", "content": question}] for side in sides]
         texts, counts, notes = ["" for _ in sides], [0 for _ in sides], ["" for _ in sides]
         open_, began = len(sides), time.perf_counter()
+        failed: set[int] = set()  # sides whose model gave no answer: nothing of them is remembered
         try:
             yield ["", memory, *shown, *notes]
             while open_:
                 number, token = arrived.get()
                 if isinstance(token, Ended):
+                    failed |= {number} if isinstance(token, NoAnswer) else set()
                     notes[number] += " (stopped)" if str(token) == "cancelled" else f" ({token})"
                     open_ -= 1
                 else:
@@ -206,7 +208,11 @@ class Page:
         finally:  # also when the visitor has left
             self._worker.cancel(answer)
             self._running.pop(key, None)
-        remembered = {side.choice.adapter: [*side.history.pairs, (question, text)] for side, text in zip(sides, texts)}
+        remembered = {
+            side.choice.adapter: [*side.history.pairs, (question, text)]
+            for number, (side, text) in enumerate(zip(sides, texts))
+            if number not in failed
+        }
         yield ["", memory | remembered, *answers, *notes]
 
     def _side(self, question: str, memory: Memory, choice: Choice, sampling: Sampling, tokens: int) -> _Side:

@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.inference.request import Request, Token
+from modellink_lora.inference.request import NotFinite, Request, Token
 
 _LOOK_SECONDS = 0.1  # how often an idle engine looks whether it is to stop
 
 
 class Ended(Exception):
     """Instead of a token: the answer ends here, for the reason in the message."""
+
+
+class NoAnswer(Ended):
+    """Ended because the model's logits for this request are not finite."""
 
 
 class Busy(Exception):
@@ -119,7 +123,9 @@ class Worker:
         for number, token in self._engine.step():
             if number not in self._running:
                 continue
-            if token.finish:
+            if isinstance(token, NotFinite):
+                self._end(number, NoAnswer(str(token)))
+            elif token.finish:
                 self._end(number, token)
             else:
                 answer, index = self._running[number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from modellink_lora.device import Device
 from modellink_lora.megatron.differences import complete, config_fields, set_chunks
 from modellink_lora.models.dropout import Dropout
 from modellink_lora.models.family import Family
+from modellink_lora.models.finite import check_weight
 from modellink_lora.models.layouts import Vocab
 from modellink_lora.models.parts import LayerParts
 from modellink_lora.models.rope import inverse_frequencies
@@ -233,18 +235,28 @@ def head_input(x: Tensor, config: ModelConfig) -> Tensor:
 
 
 def capped(logits: Tensor, config: ModelConfig) -> Tensor:
-    """Logits within their bounds."""
+    """Logits within their bounds; those that are not finite become NaN."""
     cap = config.final_logit_softcapping
-    return torch.tanh(logits / cap) * cap if cap else logits
+    if not cap:
+        return logits
+    scaled = logits / cap
+    # tanh would make an ordinary number of infinity, and an overflow would be an answer: 0 x infinity is NaN
+    scaled.sub_(scaled.detach(), alpha=0)
+    return torch.tanh(scaled) * cap
 
 
 def fill(
-    model: GPT, weights: Weights, family: Family, context: ParallelContext, partition: Partition, chunk: int = 0
-) -> dict[str, torch.dtype]:
+    model: GPT, weights: Weights, family: Family, context: ParallelContext, partition: Partition, chunk: int = 0,
+    *, where: Path | None = None,
+) -> dict[str, torch.dtype]:  # fmt: skip
     """Copy this rank's shards into every parameter of a chunk. The vocabulary is padded anew for this layout.
 
+    Args:
+        where: the checkpoint, for messages.
     Returns:
         Tensors whose values the parameter's dtype cannot keep -> their dtype in the checkpoint.
+    Raises:
+        UserError: a value is NaN or infinite, or would be in the parameter's dtype.
     """
     config, rounded = model.model_config, {}
     for local, parameter in model.named_parameters():
@@ -257,6 +269,7 @@ def fill(
         else:
             shard = weights.read_shard(name, context.tp_rank, context.tp_size)
         assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+        check_weight(shard, parameter.dtype, f"{where}: {name}" if where else name)
         if torch.promote_types(shard.dtype, parameter.dtype) != parameter.dtype:
             rounded[name] = shard.dtype
         with torch.no_grad():

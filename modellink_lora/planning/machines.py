@@ -6,14 +6,14 @@ A calibration file replaces all of it with numbers measured on the machine itsel
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.config.document import read_document
+from modellink_lora.config.document import read_document, to_json
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.plan import PlanConfig
 from modellink_lora.planning.cost import Link, Machine
@@ -102,7 +102,8 @@ def machine_of(config: PlanConfig, assumed: Assumed) -> Machine:
 def save_calibration(path: Path, machine: Machine, facts: Mapping[str, Any]) -> None:
     """Keep measured rates, with what they were measured on."""
     with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps({"measured on": dict(facts), **dataclasses.asdict(machine)}, indent=2) + "\n")
+        text = to_json({"measured on": dict(facts), **dataclasses.asdict(machine)}, indent=2, ensure_ascii=True)
+        temporary.write_text(text + "\n")
 
 
 def calibrated(path: Path, config: PlanConfig) -> tuple[Machine, dict[str, Any]]:
@@ -112,6 +113,8 @@ def calibrated(path: Path, config: PlanConfig) -> tuple[Machine, dict[str, Any]]
     try:
         stored = read_document(path, dict[str, Any])
         facts = stored.pop("measured on")
+        if stored.get("weights", 0) is None:  # JSON has no infinity
+            stored["weights"] = math.inf
         for name in ("inside", "between", "scatter"):
             stored[name] = Link(**stored[name]) if stored[name] else None
         machine = Machine(**stored)

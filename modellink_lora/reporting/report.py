@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from modellink_lora.checkpoint.store import replacing_file
+from modellink_lora.config.document import to_json
 from modellink_lora.reporting.run_record import RunRecord
 from modellink_lora.reporting.run_report import METRICS, read_metrics, write_reports
 from modellink_lora.reporting.time_split import Window
@@ -108,7 +108,7 @@ class Reporter:
         self._last = iteration
         if self.metrics:
             with self.metrics.open("a") as file:
-                file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+                file.write(to_json({"iteration": iteration, **values}, ensure_ascii=True) + "\n")
         known = {name: value for name, value in values.items() if value is not None}
         for tracker in self._trackers:
             tracker.log(iteration, known)
@@ -171,7 +171,7 @@ class Reporter:
         self.metrics.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.metrics) if row["iteration"] <= iteration] if iteration else []
         with replacing_file(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(to_json(row, ensure_ascii=True) + "\n" for row in kept))
 
 
 class _Warnings(logging.Handler):

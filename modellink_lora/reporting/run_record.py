@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
 import shlex
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 from modellink_lora import __version__
 from modellink_lora.checkpoint.store import replacing_file
-from modellink_lora.config.document import read_document
+from modellink_lora.config.document import read_document, to_json
 from modellink_lora.config.errors import UserError
 
 RECORD = "run.json"
@@ -127,7 +126,7 @@ class RunRecord:
 
     def write(self) -> None:
         with replacing_file(self._path) as temporary:
-            temporary.write_text(json.dumps(self.values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(self.values, indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

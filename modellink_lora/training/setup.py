@@ -123,7 +123,7 @@ def set_up(
     layers: dict[str, LoraLinear] = {}
     rounded: dict[str, torch.dtype] = {}
     for chunk, model in enumerate(chunks):
-        rounded |= fill(model, base.weights, base.family, context, partition, chunk)
+        rounded |= fill(model, base.weights, base.family, context, partition, chunk, where=base.root)
         layers |= inject(
             model,
             linears,

@@ -20,7 +20,7 @@ from modellink_lora.adapters.lora import LoraLinear
 from modellink_lora.adapters.targets import AdaptedLinear
 from modellink_lora.checkpoint.adapter import META, Adapter, AdapterMeta, check_resumable, write_adapter
 from modellink_lora.checkpoint.checksums import check_document, check_file, with_checksums
-from modellink_lora.config.document import read_document, typed
+from modellink_lora.config.document import read_document, to_json, typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Layout, Replicated
 from modellink_lora.parallel.context import ParallelContext
@@ -95,7 +95,7 @@ class Snapshot:
         write_adapter(folder, self.tensors, self.meta)
         save_file(dict(self.optimizer), folder / OPTIMIZER)
         document = with_checksums(self.training, {OPTIMIZER: folder / OPTIMIZER})
-        (folder / TRAINING).write_text(json.dumps(document, indent=2) + "\n")
+        (folder / TRAINING).write_text(to_json(document, indent=2, ensure_ascii=True) + "\n")
 
 
 def gather_full(

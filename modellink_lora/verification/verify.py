@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _against(
         return [Check("steps", name, 1.0, culprit=trace.stopped)]
     allowed = tolerance(train.dtype, inputs.lora.dtype, inputs.base.config.num_layers)
     pairs = [*zip(own.losses, trace.losses, strict=True), *zip(own.norms, trace.norms, strict=True)]
-    numbers = max(_relative(found, expected) for found, expected in pairs)
+    numbers = max((_relative(found, expected) for found, expected in pairs), key=_nan_last)
     return [
         Check(f"losses and gradient norms of {train.train_iters} steps", name, numbers, allowed),
         _worst("gradients", name, own.gradients, trace.gradients, allowed),
@@ -216,8 +217,13 @@ def _worst(
         name: float((found[name] - tensor).norm()) / max(float(tensor.norm()), _FLOOR * largest, 1e-30)
         for name, tensor in expected.items()
     }
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"), default="")
+    worst = max(errors, key=lambda name: _nan_last(errors[name]), default="")
     return Check(f"{what}, {len(expected)} tensors", against, errors.get(worst, 0.0), allowed, worst)
+
+
+def _nan_last(error: float) -> float:
+    """A key for max, which passes over NaN."""
+    return math.inf if math.isnan(error) else error
 
 
 def _relative(found: float, expected: float) -> float:
@@ -258,6 +264,8 @@ def _tell(checks: list[Check]) -> bool:
             print(f"skipped: {check.what} against {check.against}: {check.skipped}")
     for check in failed:
         how = f" differs by {check.difference:.1e}, allowed are {check.allowed:.1e}" if check.allowed else ""
+        if math.isnan(check.difference):
+            how = " is NaN or infinite: check the checkpoint, the adapter and the dtype"
         print(f"FAILED: {check.what} against {check.against}: {check.culprit or 'it'}{how}")
     done = sum(not check.skipped for check in checks)
     if failed:
