@@ -40,16 +40,26 @@ def parse_document(text: str | bytes, kind: type[T], *, where: str, closed: bool
     NaN and Infinity are read as Python's json reads them; what takes a number checks its range.
 
     Raises:
-        UserError: the text is not JSON, or `typed` refuses it.
+        UserError: the text is not JSON, an object gives a key two values, or `typed` refuses it.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, bad UTF-8, an integer of 5,000 digits
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
         raise UserError(f"{where}: not valid JSON ({reason})") from None
     if not is_unicode(json.dumps(document, ensure_ascii=False)):  # written as \\ud800, which JSON's grammar allows
         raise UserError(f"{where}: holds half of a surrogate pair, which is no character")
     return typed(document, kind, where=where, closed=closed)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a document. Which of two values is meant differs between programs; equal ones are harmless."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for key, value in pairs:
+            if value != made[key]:
+                raise ValueError(f"the key {key!r} is given twice: {str(value)[:40]} and {str(made[key])[:40]}")
+    return made
 
 
 def parse_yaml(text: str) -> Any:

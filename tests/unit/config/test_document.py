@@ -39,6 +39,7 @@ def test_a_document_becomes_the_declared_types() -> None:
         ("{", "f: not valid JSON"),
         ("1" * 5000, "f: not valid JSON"),
         ("[" * 100_000, "f: not valid JSON (nested too deeply)"),
+        ('{"name": "n", "sizes": [], "sizes": [1]}', "f: not valid JSON (the key 'sizes' is given twice: [] and [1])"),
         ("[]", "f: expected object, got list"),
         ("{}", "f: lacks name"),
         ('{"name": 1}', "f: name: expected str, got int"),
@@ -51,6 +52,10 @@ def test_what_does_not_fit_is_one_line(text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_document(text, Outer, where="f")
     assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_given_twice_with_one_value_is_harmless() -> None:
+    assert parse_document('{"name": "n", "name": "n"}', Outer, where="f").name == "n"
 
 
 def test_a_closed_document_refuses_unknown_keys() -> None:
