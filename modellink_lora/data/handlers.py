@@ -202,6 +202,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def _message(message: Mapping[str, Any], layout: Layout, roles: Mapping[str | None, str]) -> Message:
+    """The message with its calls behind its text; `roles` are the spellings that can stand at its place."""
     role_tag, content_tag = layout.tags["role_tag"], layout.tags["content_tag"]
     role, content = message.get(role_tag), message.get(content_tag)
     known = roles.get(role) if isinstance(role, str) else None
@@ -210,21 +211,22 @@ def _message(message: Mapping[str, Any], layout: Layout, roles: Mapping[str | No
     answers = known in ("assistant", "function")
     more = {key: value for key, value in message.items() if key not in (role_tag, content_tag) and not _is_empty(value)}
     trained = _trained({key: more[key] for key in _SWITCHES if key in more}, f"a message of {role!r}", answers=answers)
-    calls = [more[key] for key in _CALLS if key in more]
+    calls = [more[key] for key in _CALLS if key in more and more[key] not in ("[]", "{}", "null")]
     if calls and not answers:
         raise _Unusable(f"a message of {role!r} calls tools")
-    text = "" if calls and content is None else content
-    if known == "function" and not (calls and _is_empty(content)):
-        calls, text = [content, *calls], ""
-    if not isinstance(text, str):
+    if calls and _is_empty(content):
+        content = ""
+    elif known == "function":  # its content is a call, or a list of calls
+        calls, content = [content, *calls], ""
+    if not isinstance(content, str):
         raise _Unusable(f"a message of {role!r} has no text")
     if not calls:
-        return Message(known, text, trained)
+        return Message(known, content, trained)
     try:
         lines = [tools.call_text(call) for call in calls]
     except ValueError as error:
         raise _Unusable(str(error)) from None
-    return Message("function", "\n".join([text, *lines] if text.strip() else lines), trained)
+    return Message("function", "\n".join([content, *lines] if content.strip() else lines), trained)
 
 
 def _trained(switches: Mapping[str, Any], what: str, *, answers: bool) -> bool:

@@ -110,8 +110,10 @@ def _parsed(text: str, what: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         raise ValueError(f"{what} not JSON") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{what} nested too deeply, or hold a number of more than 4,300 digits") from None
+    except RecursionError:
+        raise ValueError(f"{what} nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"{what} not readable: a number of more than 4,300 digits") from None
     if is_deeper(value):
         raise ValueError(f"{what} nested too deeply")
     return value
