@@ -203,7 +203,7 @@ _CALLS = ("tool_calls", "function_call")
 
 def _message(message: Mapping[str, Any], layout: Layout, roles: Mapping[str | None, str]) -> Message:
     """The message with its calls behind its text; `roles` are the spellings that can stand at its place."""
-    role_tag, content_tag = layout.tags["role_tag"], layout.tags["content_tag"]
+    role_tag, content_tag = str(layout.tags["role_tag"]), str(layout.tags["content_tag"])
     role, content = message.get(role_tag), message.get(content_tag)
     known = roles.get(role) if isinstance(role, str) else None
     if known is None:

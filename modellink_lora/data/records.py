@@ -58,7 +58,8 @@ class Records:
             UserError: as `rows` does, or not one row can be read.
         """
         found: dict[str, None] = {}
-        faults, readable = [], self.format == "parquet"
+        faults: list[Record] = []
+        readable = self.format == "parquet"
         for file in self.files:
             if self.format == "parquet":
                 found.update(dict.fromkeys(_parquet_columns(file)))

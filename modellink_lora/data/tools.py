@@ -87,14 +87,21 @@ def _entry(function: Mapping[str, Any]) -> str:
         if about is None:  # no schema: another tool's parameter, where tools were kept as structs of one type
             continue
         about = about if isinstance(about, Mapping) else {}
-        kind = str(about.get("type") or "any")
+        kind = _kind(about) or "any"
         items = about.get("items")
-        if isinstance(items, Mapping) and items.get("type"):
-            kind += f" of {items['type']}"
+        if isinstance(items, Mapping) and _kind(items):
+            kind += f" of {_kind(items)}"
         must = ", required" if name in required or about.get("required") is True else ""  # true: old JSON Schema
         choices = f"; one of {_json(about['enum'])}" if about.get("enum") else ""
         lines.append(f"  - {name} ({kind}{must}): {_description(about)}{choices}")
     return "\n".join(lines) + "\n"
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    kind = about.get("type") or ""
+    if not isinstance(kind, str) and not (isinstance(kind, list) and all(isinstance(one, str) for one in kind)):
+        raise ValueError("a type of a parameter is not text")
+    return str(kind)
 
 
 def _description(about: Mapping[str, Any]) -> str:

@@ -173,6 +173,8 @@ def test_what_else_a_message_holds_is_named() -> None:
         ({"properties": {"a": {}}, "required": True}, "what a tool requires is not a list"),
         ({"properties": ["a"]}, "the parameters of a tool are not an object"),
         ({"properties": {"a": {"description": datetime.date(2020, 1, 1)}}}, "a description of a tool is not text"),
+        ({"properties": {"a": {"type": b"string"}}}, "a type of a parameter is not text"),
+        ({"properties": {"a": {"type": "array", "items": {"type": 5}}}}, "a type of a parameter is not text"),
         ({"properties": {"a": {"enum": [float("nan")]}}}, "tools hold a value that JSON has no form for"),
         ({"properties": {"a": {"enum": [b"x"]}}}, "tools hold a value that JSON has no form for"),
     ],
