@@ -106,6 +106,24 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def is_deeper(value: Any, levels: int = 100) -> bool:
+    """Whether lists and dicts are nested more than `levels` deep in `value`, far more than any data need.
+
+    Pickling, printing and writing a value recurse once or more a level, and Python's recursion ends at about 1,000.
+    """
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [
+            inner
+            for outer in layer
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not layer:
+            return False
+    return True
+
+
 def typed(value: Any, kind: type[T], *, where: str, closed: bool = False) -> T:
     """`value`, made of dicts, lists and scalars, as a `kind`: a dataclass, a TypedDict, `dict[str, int]`, ...
 

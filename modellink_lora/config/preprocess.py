@@ -14,7 +14,10 @@ from modellink_lora.config.tokenizer import trust_remote_code_flag
 class PreprocessConfig:
     """Preprocessing"""
 
-    input: str = flag(dataclasses.MISSING, "data set: a .parquet, .json or .jsonl file, a folder of them, or a pattern")
+    input: str = flag(
+        dataclasses.MISSING,
+        "data set: a .parquet, .json or .jsonl file, a folder, of which the training files are read, or a pattern",
+    )
     output_prefix: str = flag(
         dataclasses.MISSING, "beginning of the names written, e.g. ./data/alpaca; the folder is created"
     )

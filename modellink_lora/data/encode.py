@@ -25,7 +25,8 @@ def encode(turns: Sequence[tuple[Ids, Ids]], *, eos_id: int | None, append_eod: 
     """Join the turns; each source is ignored by the loss and each target, in every turn, is trained.
 
     Args:
-        append_eod: one more `eos_id` at the very end, trained as well (most templates already end with one).
+        append_eod: one more `eos_id` at the very end, trained like the answer before it (most templates already end
+            with one).
     """
     input_ids: Ids = []
     labels: Ids = []
@@ -35,7 +36,7 @@ def encode(turns: Sequence[tuple[Ids, Ids]], *, eos_id: int | None, append_eod: 
     if append_eod:
         assert eos_id is not None, "the tokenizer always has an end-of-sequence token"
         input_ids.append(eos_id)
-        labels.append(eos_id)
+        labels.append(eos_id if turns[-1][1] else IGNORED)
     return Sample(input_ids, [1] * len(input_ids), labels)
 
 

@@ -77,6 +77,20 @@ class RecordReader:
         """Columns that are read."""
         return [column for column in self.layout.columns.values() if column is not None]
 
+    def unused_keys(self, record: Record) -> set[str]:
+        """Keys of the messages in `record` that hold something and are not read."""
+        messages = self.layout.value(record, "messages")
+        if not isinstance(messages, list):
+            return set()
+        known = {self.layout.tags["role_tag"], self.layout.tags["content_tag"], *_SWITCHES, *_CALLS}
+        return {
+            key
+            for message in messages
+            if isinstance(message, Mapping)
+            for key, value in message.items()
+            if key not in known and not _is_empty(value)
+        }
+
     def unused(self, columns: Collection[str]) -> list[str]:
         """Columns of the data set that are not read."""
         return [column for column in columns if column not in self.layout.columns.values()]
@@ -162,16 +176,13 @@ def _sharegpt(record: Record, layout: Layout) -> Conversation:
         raise _Unusable(f"no {layout.columns['messages']}")
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise _Unusable("messages are not a list of objects")
-    role_tag, content_tag = str(layout.tags["role_tag"]), str(layout.tags["content_tag"])
-    spoken = [(message.get(role_tag), message.get(content_tag)) for message in messages]
     system = layout.text(record, "system")
-    if spoken and spoken[0][0] is not None and spoken[0][0] == layout.tags["system_tag"]:
-        system = _content(*spoken.pop(0))
-    roles: dict[str | None, str | None] = {
-        layout.tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function")
-    }
-    roles.pop(None, None)
-    turns = tuple(_message(roles, role, content) for role, content in spoken)
+    roles = {layout.tags[f"{role}_tag"]: role for role in ("user", "assistant", "observation", "function")}
+    opening = {**roles, layout.tags["system_tag"]: "system"}
+    said = [_message(message, layout, roles if i else opening) for i, message in enumerate(messages)]
+    if said and said[0].role == "system":
+        system = said.pop(0).content
+    turns = _results_joined(said)
     for i, message in enumerate(turns):
         if message.role not in (("user", "observation"), ("assistant", "function"))[i % 2]:
             raise _Unusable("questions and answers do not take turns")
@@ -184,22 +195,64 @@ def _sharegpt(record: Record, layout: Layout) -> Conversation:
     return Conversation(turns, system=system, tools=described)
 
 
-def _message(roles: Mapping[str | None, str | None], role: Any, content: Any) -> Message:
+# what a message says about the loss of its tokens: OpenAI and Mistral, ms-swift, axolotl
+_SWITCHES = ("weight", "loss", "train", "train_turn", "train_detail")
+# calls of tools beside the text of a message: OpenAI, and OpenAI before it took several calls at once
+_CALLS = ("tool_calls", "function_call")
+
+
+def _message(message: Mapping[str, Any], layout: Layout, roles: Mapping[str | None, str]) -> Message:
+    """The message with its calls behind its text; `roles` are the spellings that can stand at its place."""
+    role_tag, content_tag = str(layout.tags["role_tag"]), str(layout.tags["content_tag"])
+    role, content = message.get(role_tag), message.get(content_tag)
     known = roles.get(role) if isinstance(role, str) else None
     if known is None:
         raise _Unusable(f"unknown role {str(role)[:40]!r}")
-    if known != "function":
-        return Message(known, _content(role, content))
-    try:
-        return Message(known, tools.call_text(content))
-    except ValueError as error:
-        raise _Unusable(str(error)) from None
-
-
-def _content(role: Any, content: Any) -> str:
+    answers = known in ("assistant", "function")
+    more = {key: value for key, value in message.items() if key not in (role_tag, content_tag) and not _is_empty(value)}
+    trained = _trained({key: more[key] for key in _SWITCHES if key in more}, f"a message of {role!r}", answers=answers)
+    calls = [more[key] for key in _CALLS if key in more and more[key] not in ("[]", "{}", "null")]
+    if calls and not answers:
+        raise _Unusable(f"a message of {role!r} calls tools")
+    if calls and _is_empty(content):
+        content = ""
+    elif known == "function":  # its content is a call, or a list of calls
+        calls, content = [content, *calls], ""
     if not isinstance(content, str):
         raise _Unusable(f"a message of {role!r} has no text")
-    return content
+    if not calls:
+        return Message(known, content, trained)
+    try:
+        lines = [tools.call_text(call) for call in calls]
+    except ValueError as error:
+        raise _Unusable(str(error)) from None
+    return Message("function", "\n".join([content, *lines] if content.strip() else lines), trained)
+
+
+def _trained(switches: Mapping[str, Any], what: str, *, answers: bool) -> bool:
+    """Whether a message is trained, by what it says itself; one that says nothing is."""
+    for key, value in switches.items():
+        if value not in (0, 1):
+            raise _Unusable(f"{key} of {what} is neither 0 nor 1: an answer is trained as a whole or not at all")
+        if value and not answers:
+            raise _Unusable(f"{key} of {what} asks to train it: only answers can be trained")
+    if len(set(map(bool, switches.values()))) > 1:
+        raise _Unusable(f"{' and '.join(switches)} of {what} contradict each other")
+    return all(switches.values())
+
+
+def _results_joined(said: list[Message]) -> tuple[Message, ...]:
+    """The messages with results of tools that follow each other as one, like the calls that they answer."""
+    joined: list[Message] = []
+    for message in said:
+        if message.role == "observation" and joined and joined[-1].role == "observation":
+            message = Message("observation", f"{joined.pop().content}\n{message.content}")
+        joined.append(message)
+    return tuple(joined)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 _NEEDED = ("prompt", "response", "messages", "role_tag", "content_tag", "user_tag", "assistant_tag")

@@ -21,14 +21,14 @@ from modellink_lora.data.encode import Sample, drop_reason, encode, too_long
 from modellink_lora.data.handlers import RecordReader, reader_for
 from modellink_lora.data.preview import marked_text
 from modellink_lora.data.prompt import turns
-from modellink_lora.data.records import Records, Row, open_records
+from modellink_lora.data.records import Record, Records, open_records
 from modellink_lora.data.templates import Template, get_template
 from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 Say = Callable[[str], None]
 
 _REASONS_SHOWN = 20
-_ROWS_PER_TASK = 64  # rows a worker takes at once
+_ROWS_PER_TASK = 64  # records a worker takes at once
 _TASKS_PER_WAVE = 8  # tasks per worker between two waits; bounds the rows held in memory
 
 
@@ -41,10 +41,14 @@ class Summary:
     tokens: int = 0
     trained_tokens: int = 0
     dropped: dict[str, tuple[int, int]] = field(default_factory=dict)  # reason -> (count, first record)
+    places: dict[str, str] = field(default_factory=dict)  # reason -> file and line of the first record
+    unused_keys: set[str] = field(default_factory=set)  # of messages
 
-    def drop(self, reason: str, record: int) -> None:
-        count, first = self.dropped.get(reason, (0, record))
+    def drop(self, reason: str, where: str) -> None:
+        """Count the record that comes next, which stands at `where`, as dropped."""
+        count, first = self.dropped.get(reason, (0, self.records))
         self.dropped[reason] = (count + 1, first)
+        self.places.setdefault(reason, where)
 
     def table(self) -> str:
         """A line for the samples kept and one for each reason, the most frequent first."""
@@ -56,7 +60,9 @@ class Summary:
         ]
         reasons = sorted(self.dropped.items(), key=lambda item: (-item[1][0], item[1][1]))
         for reason, (count, first) in reasons[:_REASONS_SHOWN]:
-            lines.append(f"dropped {count:>9} {reason}; the first is record {first} (counted from 0)")
+            lines.append(
+                f"dropped {count:>9} {reason}; the first is record {first} (counted from 0), {self.places[reason]}"
+            )
         if further := reasons[_REASONS_SHOWN:]:
             total = sum(count for _, (count, _) in further)
             lines.append(f"dropped {total:>9} for {len(further)} further reasons")
@@ -65,7 +71,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """All that turns one row into a sample; goes to the workers once."""
+    """All that turns one record into a sample; goes to the workers once."""
 
     reader: RecordReader
     template: Template
@@ -73,9 +79,9 @@ class _Encoder:
     append_eod: bool
     seq_length: int | None
 
-    def __call__(self, row: Row) -> Sample | str:
-        """The sample, or the reason why the row is dropped."""
-        conversation = self.reader.read(row)
+    def __call__(self, record: Record) -> Sample | str:
+        """The sample, or the reason why the record is dropped."""
+        conversation = record.fault or self.reader.read(record.row)
         if isinstance(conversation, str):
             return conversation
         sample = encode(
@@ -120,6 +126,8 @@ def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
         skipped = summary.dropped.get(too_long(config.seq_length), (0, 0))[0]
         say(f"Skip {skipped} sample exceeded seq-length({config.seq_length})")
     say(summary.table())
+    if summary.unused_keys:
+        say(f"keys of messages not used: {_keys(summary.unused_keys)}")
     say(f"wrote {data_file(config.output_prefix, '{' + ','.join(KEYS) + '}', '{bin,idx}')}")
     say(f"wrote {sidecar_file(config.output_prefix)}")
     return summary
@@ -127,8 +135,10 @@ def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
 
 def _say_source(records: Records, reader: RecordReader, columns: list[str], config: PreprocessConfig, say: Say) -> None:
     say(f"loading data from local file, format: {records.format}, file num: {len(records.files)}")
+    for note in records.notes:
+        say(note)
     if records.skipped:
-        say(f"not read: {', '.join(file.name for file in records.skipped)}")
+        say(f"not read: {printable(', '.join(file.name for file in records.skipped))}")
     say(f"dataset will use {config.handler_name} to handle dataset")
     if unused := reader.unused(columns):
         say(f"columns not used: {printable(', '.join(unused))} (--map-keys gives a column a meaning)")
@@ -150,9 +160,10 @@ def _write(encoder: _Encoder, records: Records, writer: CorpusWriter, config: Pr
     summary = Summary()
     started = time.monotonic()
     with tqdm(desc="tokenising", unit="doc", disable=not sys.stderr.isatty()) as bar:
-        for result in _results(encoder, records, config.workers):
+        rows = _noted(records.rows(encoder.reader.columns), encoder.reader, summary)
+        for where, result in _results(encoder, rows, config.workers):
             if isinstance(result, str):
-                summary.drop(result, summary.records)
+                summary.drop(result, where)
             else:
                 writer.add(result.input_ids, result.attention_mask, result.labels)
             summary.records += 1
@@ -169,22 +180,25 @@ def _write(encoder: _Encoder, records: Records, writer: CorpusWriter, config: Pr
     return summary
 
 
-def _results(encoder: _Encoder, records: Records, workers: int) -> Iterator[Sample | str]:
-    """One result per row, in the order of the rows whatever the number of workers."""
+def _noted(records: Iterator[Record], reader: RecordReader, summary: Summary) -> Iterator[Record]:
+    """The records, while the keys of their messages that are not read are noted."""
+    for record in records:
+        summary.unused_keys |= reader.unused_keys(record.row)
+        yield record
+
+
+def _results(encoder: _Encoder, records: Iterator[Record], workers: int) -> Iterator[tuple[str, Sample | str]]:
+    """Place and result of every record, in the order of the records whatever the number of workers."""
     if workers == 1:
-        yield from map(encoder, records.rows(encoder.reader.columns))
+        yield from ((record.where, encoder(record)) for record in records)
         return
-    rows = records.rows(encoder.reader.columns)
     wave = workers * _TASKS_PER_WAVE * _ROWS_PER_TASK
     # not multiprocessing.Pool: it waits for ever when a worker is killed
     with ProcessPoolExecutor(workers, initializer=_keep, initargs=(encoder,)) as pool:
-        while block := list(itertools.islice(rows, wave)):
+        while block := list(itertools.islice(records, wave)):
             try:
-                yield from pool.map(_encode, block, chunksize=_ROWS_PER_TASK)
-            except RecursionError:
-                raise UserError(
-                    f"a record is nested too deeply to be given to --workers {workers}: remove it, or give --workers 1"
-                ) from None
+                results = pool.map(_encode, block, chunksize=_ROWS_PER_TASK)
+                yield from zip((record.where for record in block), results, strict=True)
             except BrokenProcessPool:
                 raise UserError(
                     f"a worker process was stopped from outside, perhaps for lack of memory: lower --workers {workers}"
@@ -199,9 +213,9 @@ def _keep(encoder: _Encoder) -> None:
     _kept = encoder
 
 
-def _encode(row: Row) -> Sample | str:
+def _encode(record: Record) -> Sample | str:
     assert _kept is not None
-    return _kept(row)
+    return _kept(record)
 
 
 def _sidecar(config: PreprocessConfig, tokenizer: Any) -> dict[str, Any]:
@@ -222,6 +236,13 @@ def _sidecar(config: PreprocessConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def _keys(names: set[str]) -> str:
+    shown = sorted(names)[:_REASONS_SHOWN]
+    return printable(", ".join(shown)) + (", ..." if len(names) > len(shown) else "")
+
+
 def _why(summary: Summary) -> str:
-    reasons = [f"{count} x {reason}" for reason, (count, _) in summary.dropped.items()]
+    reasons = [
+        f"{count} x {reason} (the first: {summary.places[reason]})" for reason, (count, _) in summary.dropped.items()
+    ]
     return "; ".join(reasons[:_REASONS_SHOWN]) or "the data set is empty"

@@ -31,6 +31,7 @@ class Message:
 
     role: str
     content: str
+    trained: bool = True  # of an answer: False makes it part of what the model is shown
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def turns(conversation: Conversation, template: Template, tokenizer: Tokenizer) 
         source = _source(asked, conversation, template, first=i == 0)
         target = _fill(template.function if answered.role == "function" else template.assistant, answered.content)
         pairs.append((_ids(source, tokenizer), _ids(target, tokenizer)))
+        if not answered.trained:
+            pairs[-1] = (pairs[-1][0] + pairs[-1][1], [])
     return pairs
 
 

@@ -44,7 +44,7 @@ def find_files(folder: Path, ending: str, *, below: Sequence[str], task: str) ->
         raise UserError(f"--task-data-path {folder}: no such folder")
     places = [folder, *(folder / name for name in below)]
     for place in places:
-        files = sorted(path for path in place.glob(f"*{ending}") if path.is_file() and not path.name.startswith("."))
+        files = _visible(place, f"*{ending}")
         if files:
             return files
     looked = ", ".join(str(place) for place in places)
@@ -57,12 +57,14 @@ def split_files(folder: Path, *, task: str) -> tuple[list[Path], list[Path]]:
     `folder` may also be one file. Test files are preferred to dev files, and those to files named otherwise.
     """
     if folder.is_file():
-        return [folder], sorted(path for path in folder.parent.glob("*.jsonl") if "train" in path.name)
+        return [folder], [path for path in _visible(folder.parent, "*.jsonl") if "train" in path.name]
     below = ("test", "data", "dev")
     try:
         files = find_files(folder, ".jsonl", below=below, task=task)
     except UserError:
-        packed = [path for place in (folder, *(folder / name for name in below)) for path in place.glob("*.jsonl.gz")]
+        packed = [
+            path for place in (folder, *(folder / name for name in below)) for path in _visible(place, "*.jsonl.gz")
+        ]
         if not packed:
             raise
         files = sorted(packed)
@@ -75,7 +77,12 @@ def split_files(folder: Path, *, task: str) -> tuple[list[Path], list[Path]]:
     if not asked:
         raise UserError(f"--task-data-path {folder}: holds only training files, {', '.join(p.name for p in shots)}")
     beside = asked[0].parent.parent / "train"
-    return asked, shots or (sorted(beside.glob("*.jsonl")) if beside.is_dir() else [])
+    return asked, shots or _visible(beside, "*.jsonl")
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """The files in `folder` that match, sorted, without hidden ones such as the `._NAME` of macOS's archives."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith((".", "~")))
 
 
 def csv_rows(file: Path, columns: Sequence[str], *, header: bool) -> list[Row]:

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.data.records import open_records
+from modellink_lora.data.records import Row, open_records
 
 ROWS = [
     {"instruction": "I", "history": [["U", "A"]]},
@@ -23,6 +23,11 @@ def write(folder: Path, name: str, text: str) -> Path:
     file = folder / name
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def rows_of(path: Path) -> list[Row]:
+    records = open_records(str(path))
+    return [record.row for record in records.rows(records.columns())]
 
 
 def lines(rows: list[dict[str, object]]) -> str:
@@ -40,7 +45,7 @@ def test_array_lines_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     ]
     for file in files:
         records = open_records(str(file))
-        assert list(records) == ROWS, file.name
+        assert rows_of(file) == ROWS, file.name
         assert records.columns() == ["instruction", "history"]
 
 
@@ -50,7 +55,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_lists_what_it_skips(tmp_path
     write(tmp_path, "README.md", "")
     (tmp_path / "deeper").mkdir()
     records = open_records(str(tmp_path))
-    assert list(records) == [{"y": 1}, {"x": 2}]
+    assert rows_of(tmp_path) == [{"y": 1}, {"x": 2}]
     assert records.columns() == ["y", "x"]
     assert [file.name for file in records.skipped] == ["README.md", "deeper"]
 
@@ -58,7 +63,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_lists_what_it_skips(tmp_path
 def test_a_pattern_chooses_files(tmp_path: Path) -> None:
     for name in ("a1.jsonl", "a2.jsonl", "b.jsonl"):
         write(tmp_path, name, lines([{"x": name}]))
-    assert [row["x"] for row in open_records(str(tmp_path / "a*.jsonl"))] == ["a1.jsonl", "a2.jsonl"]
+    assert [row["x"] for row in rows_of(tmp_path / "a*.jsonl")] == ["a1.jsonl", "a2.jsonl"]
 
 
 def test_a_folder_of_several_formats_is_an_error_that_lists_the_files(tmp_path: Path) -> None:
@@ -89,15 +94,20 @@ def test_an_ending_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("a.json", '{\n"x": 1\n}', "a.json line 1: broken JSON.*one object per line"),
         ("a.jsonl", '{"x": 1}\n"text"', "a.jsonl line 2: is not an object"),
         ("a.json", '[{"x": 1}, 5]', "element 1 of the array is not an object"),
+        ("a.json", '[{"x": 1},\n{"x": 2}', "a.json line 2: broken JSON: Expecting ',' delimiter"),
+        ("a.json", '[{"x": 1},\n]', "a.json line 2: broken JSON: Expecting value"),
+        ("a.json", '[{"x": 1}]\n{"x": 2}', "a.json line 2: broken JSON: Extra data"),
+        ("a.json", '[{"x": 1}\n{"x": 2}]', "a.json line 2: broken JSON: Expecting ',' delimiter"),
+        ("a.json", '[{"x": 1},' + '\n{"x": ' + "[" * 100_000, "a.json line 2: broken JSON: an object that does not end"),
         ("a.parquet", "text", "a.parquet: is not a readable parquet file"),
     ],
 )
 def test_a_broken_file_is_named_with_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        list(open_records(str(write(tmp_path, name, text))))
+        rows_of(write(tmp_path, name, text))
 
 
-def test_text_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('{"x": "é"}'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.jsonl: is not UTF-8"):
-        list(open_records(str(tmp_path / "a.jsonl")))
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"x": "é"}'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"a\.jsonl line 1: is not UTF-8"):
+        rows_of(tmp_path / "a.jsonl")
