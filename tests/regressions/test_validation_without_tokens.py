@@ -196,3 +196,28 @@ def test_a_replica_whose_share_has_no_trained_token_changes_no_validation_loss(b
         run(fine_tune_here, world_size=2, **call)
         found.append(next(row["validation loss"] for row in rows(save) if "validation loss" in row))
     assert found[0] > 1 and found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def verified(base: str, prefix: str) -> str:
+    from modellink_lora.config.parallel import ParallelConfig
+    from modellink_lora.config.verify import VerifyConfig
+    from modellink_lora.device import get_device
+    from modellink_lora.verification.verify import verify
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            verify(
+                VerifyConfig(verify_steps=1, against=("pp2",)), train=TrainConfig(**train_flags(load=base)),
+                data_flags={"seq_length": SEQ_LENGTH, "data_path": (prefix,)}, parallel=ParallelConfig(),
+                model_flags={}, lora_flags={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
+                device=get_device("cpu"), torch_device=torch.device("cpu"),
+            )  # fmt: skip
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def test_verify_needs_a_trained_token_to_compare(base: Path, tmp_path: Path) -> None:
+    """It ended in a ZeroDivisionError on the first process, and the others waited for it."""
+    said = run(verified, world_size=2, base=str(base), prefix=write(tmp_path / "d", *[CUT] * 4))
+    assert len({*said}) == 1 and said[0].startswith("no sample of the first global batch has a trained token")
