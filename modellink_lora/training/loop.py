@@ -238,18 +238,20 @@ class Loop:
             UserError: no step of the run was taken, though nobody stopped it before its end.
         """
         skipped, taken = self.progress.skipped - start.skipped, self.progress.updates - start.updates
-        scale = f"the loss scale is now {self._loss_scale:g}"
+        why = "they hold no trained token"
+        mend = "look at the data with preprocess_data.py --preview, or raise --seq-length"
+        if self.train.fp16:
+            why = f"their gradients overflowed (the loss scale is now {self._loss_scale:g})"
+            mend = (
+                "use --bf16, give more --train-iters, in which the loss scale falls, or a smaller --initial-loss-scale"
+            )
         if not self.progress.updates and not stopped:
             raise UserError(
-                f"no step was taken: all {skipped} were skipped because their gradients overflowed ({scale}), so the "
-                "adapter is as it was and is not saved. Use --bf16, give more --train-iters, in which the loss scale "
-                "falls, or a smaller --initial-loss-scale"
+                f"no step was taken: all {skipped} were skipped because {why}, so the adapter is as it was and is not "
+                f"saved; {mend}"
             )
         if skipped > taken:
-            self.reporter.say(
-                f"warning: {skipped} steps were skipped because their gradients overflowed, only {taken} were taken "
-                f"({scale}): --bf16 does not overflow"
-            )
+            self.reporter.say(f"warning: {skipped} steps were skipped because {why}, only {taken} were taken; {mend}")
 
     def _tell_stop(self, saved: int) -> None:
         signal, iteration = self.stop() or "a signal to another process", self.progress.iteration

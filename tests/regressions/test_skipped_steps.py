@@ -11,12 +11,15 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.train import TrainConfig
+from modellink_lora.training.loop import Loop
+from modellink_lora.training.state import Progress
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import TARGETS, error_of, hf_to_megatron, train_flags, write_corpus
@@ -121,6 +124,18 @@ def test_a_run_in_which_no_step_was_taken_fails_and_leaves_no_adapter(
     assert "\n" not in error and "lm loss: " not in output
     assert not list(tmp_path.glob("iter_*")) and not list(tmp_path.glob("*iteration.txt"))
     assert "failed: no step was taken" in (tmp_path / "report.md").read_text()
+
+
+def test_what_was_skipped_for_want_of_a_trained_token_is_not_called_an_overflow() -> None:
+    start, end = Progress(updates=3, skipped=1), Progress(updates=4, skipped=6)
+    told: list[str] = []
+    loop: Any = SimpleNamespace(train=SimpleNamespace(fp16=False), reporter=SimpleNamespace(say=told.append))
+    loop.progress = end
+    Loop._require_steps(loop, start, stopped=False)
+    assert told[0].startswith("warning: 5 steps were skipped because they hold no trained token, only 1 were taken")
+    loop.progress = Progress(skipped=2)
+    with pytest.raises(UserError, match="no step was taken: all 2 were skipped because they hold no trained token"):
+        Loop._require_steps(loop, Progress(), stopped=False)
 
 
 def test_a_run_that_is_asked_to_stop_before_its_first_step_says_that_there_is_nothing(
