@@ -100,7 +100,9 @@ class TrainConfig:
     bf16: bool = flag(False, "weights and activations in bf16; gradients and masters in fp32")
     fp16: bool = flag(False, "weights and activations in fp16 with dynamic loss scale")
     loss_scale: float | None = flag(None, "constant loss scale of fp16", above=0)
-    initial_loss_scale: float = flag(2.0**32, "first dynamic loss scale of fp16", above=0)
+    initial_loss_scale: float = flag(
+        2.0**16, "first dynamic loss scale of fp16; a resumed run goes on with its own", above=0
+    )
     min_loss_scale: float = flag(1.0, "smallest dynamic loss scale of fp16", above=0)
     loss_scale_window: int = flag(1000, "good steps after which the dynamic loss scale doubles", at_least=1)
     check_nan: bool = flag(
@@ -174,6 +176,11 @@ class TrainConfig:
             )
         if self.bf16 and self.fp16:
             raise UserError("--bf16 and --fp16 exclude each other: choose one")
+        if self.fp16 and self.loss_scale is None and self.initial_loss_scale < self.min_loss_scale:
+            raise UserError(
+                f"--initial-loss-scale {self.initial_loss_scale:g} must be at least --min-loss-scale "
+                f"{self.min_loss_scale:g}"
+            )
         if self.save and self.load and Path(self.save).resolve() == Path(self.load).resolve():
             raise UserError(f"--save {self.save} is also --load: the adapter would take the base's place; name another")
         for name in ("min_lr", "lr_warmup_init"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,10 +38,14 @@ def print_table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str]
 
 def log_line(
     *, iteration: int, train_iters: int, consumed_samples: int, milliseconds: float, tflops: float | None,
-    learning_rate: float, batch_size: int, loss: float, loss_scale: float, grad_norm: float | None,
+    learning_rate: float, batch_size: int, loss: float | None, loss_scale: float, grad_norm: float | None,
     skipped: int, not_finite: int,
 ) -> str:  # fmt: skip
-    """Megatron's training log line; users' parsers rely on its field order and widths."""
+    """Megatron's training log line; users' parsers rely on its field order and widths.
+
+    Args:
+        loss, grad_norm: None where no step was taken; their fields are then left out, as Megatron does.
+    """
     now = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     parts = [
         f" [{now}] iteration {iteration:8d}/{train_iters:8d} |",
@@ -49,7 +54,7 @@ def log_line(
         f" throughput per GPU (TFLOP/s/GPU): {tflops:.1f} |" if tflops is not None else "",
         f" learning rate: {learning_rate:.6E} |",
         f" global batch size: {batch_size:5d} |",
-        f" lm loss: {loss:.6E} |",
+        f" lm loss: {loss:.6E} |" if loss is not None else "",
         f" loss scale: {loss_scale:.1f} |",
         f" grad norm: {grad_norm:.3f} |" if grad_norm is not None else "",
         f" number of skipped iterations: {skipped:3d} |",
@@ -104,8 +109,12 @@ class Reporter:
                 self._keep_note(text)
 
     def record(self, iteration: int, values: Mapping[str, float | int | None]) -> None:
-        """Append one line of metrics and give the same scalars to the trackers."""
+        """Append one line of metrics and give the same scalars to the trackers.
+
+        What is no number is null in the file, as JSON knows no NaN, and is not given to trackers.
+        """
         self._last = iteration
+        values = {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
         if self.metrics:
             with self.metrics.open("a") as file:
                 file.write(to_json({"iteration": iteration, **values}, ensure_ascii=True) + "\n")
@@ -123,8 +132,9 @@ class Reporter:
             self.run_record.measured(iteration, window.ranks)
             self.run_record.write()
 
-    def step(self, loss: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    def step(self, loss: float | None) -> None:
+        """Move the bar; `loss` is None where the step was skipped."""
+        self.bar.set_postfix_str("skipped" if loss is None else f"loss {loss:.4f}", refresh=False)
         self.bar.update()
 
     def __enter__(self) -> Reporter:

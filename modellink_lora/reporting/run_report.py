@@ -116,6 +116,7 @@ class Report:
         if validation:
             best = min(validation, key=lambda point: point[1])
             rows.append(("best validation loss", f"{best[1]:.4f} at iteration {best[0]:,.0f}"))
+        rows += [(what, f"{number:,}") for what, number in self._without_loss().items() if number]
         for key, what, form in (
             ("tokens/s", "tokens/s, without padding", "{:,.0f}"),
             ("trained tokens/s", "trained tokens/s", "{:,.0f}"),
@@ -130,6 +131,14 @@ class Report:
         if self.session.get("ended"):
             rows.append(("time", _duration(self.session["started"], self.session["ended"])))
         return rows
+
+    def _without_loss(self) -> dict[str, int]:
+        """How many steps were skipped, and validations gave no number."""
+        held_out = [row["validation loss"] for row in self.metrics if "validation loss" in row]
+        return {
+            "skipped steps": sum("skipped step loss" in row for row in self.metrics),
+            "validations without a loss": sum(loss is None or not math.isfinite(loss) for loss in held_out),
+        }
 
     def notes(self) -> list[str]:
         return [str(note) for note in self.record.get("notes", [])]

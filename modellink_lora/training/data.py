@@ -129,6 +129,12 @@ class RunData:
         """Whole global batches of one validation, at most one pass over the split."""
         return min(self.train.eval_iters, len(self.splits[split]) // self.batch_size)
 
+    def samples(self, split: str) -> SftDataset:
+        """The samples of `split` that are read: by training all of them, by a validation the first ones."""
+        span = self.splits[split]
+        read = span if split == "train" else span[: self.validation_batches(split) * self.batch_size]
+        return SftDataset(self.corpus, read, seq_length=self.config.seq_length)
+
 
 def open_data(
     config: SftDataConfig, train: TrainConfig, model: ModelConfig, context: ParallelContext, *, tokenizer: str | None
@@ -171,11 +177,7 @@ def open_data(
     if not len(splits["train"]):
         raise UserError(f"--split {config.split} leaves no training sample of {len(corpus)} in {prefix}")
     data = RunData(corpus, splits, config, train, batch_size, context, notes)
-    if cut := SftDataset(corpus, splits["train"], seq_length=config.seq_length).cut():
-        notes.append(
-            f"warning: {cut} of {len(splits['train'])} training samples are longer than --seq-length "
-            f"{config.seq_length} and lose their end"
-        )
+    notes += _lost_to_seq_length(data)
     if data.pad_multiple != config.pad_to_multiple_of and config.variable_seq_lengths:
         notes.append(
             f"--pad-to-multiple-of {config.pad_to_multiple_of} raised to {data.pad_multiple}: "
@@ -192,6 +194,43 @@ def open_data(
             )
         notes.append(f"no validation: {found}, fewer than one batch of {batch_size}")
     return data
+
+
+def _lost_to_seq_length(data: RunData) -> list[str]:
+    """What the user should know of samples that are cut, and of held-out ones that are left without a trained token.
+
+    Raises:
+        UserError: no validation sample has a trained token.
+    """
+    told = []
+    for split, name in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        samples = data.samples(split)
+        cut = samples.cut()
+        said = (
+            f"{cut} of {len(samples)} {name} samples are longer than --seq-length {data.config.seq_length} and lose "
+            "their end"
+        )
+        told += [f"warning: {said}"] if cut else []
+        # of training samples the steps tell: a look at all of their labels is a pass over the data
+        untrained = 0 if split == "train" else samples.untrained()
+        if not untrained:
+            continue
+        if untrained < len(samples):
+            told.append(
+                f"warning: {untrained} of {len(samples)} {name} samples have no trained token; they add nothing to the "
+                f"{name} loss"
+            )
+            continue
+        nothing = f"no {name} sample has a trained token, so there is no {name} loss: " + (
+            said if cut else "the answers are missing"
+        )
+        if split == "valid":
+            raise UserError(
+                f"{nothing}. Look at the data with preprocess_data.py --preview, raise --seq-length, change --split, "
+                "or give --eval-iters 0 to train without validation"
+            )
+        told.append(f"warning: {nothing}")
+    return told
 
 
 def _checked(corpus: InstructionCorpus, vocab_size: int, context: ParallelContext) -> str:

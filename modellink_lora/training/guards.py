@@ -83,6 +83,21 @@ class Guards:
         if 0 < self._steps < FIRST_STEPS:
             self._require_gradients()
 
+    def weight_not_finite(self) -> str | None:
+        """The name of a trained tensor that is not finite on some process; the same answer on all of them.
+
+        An update can leave the range of the weights' dtype although loss and gradients were finite.
+        """
+        trained = ((name, p) for name, p in self._named_parameters() if p.requires_grad)
+        found = next((name for name, parameter in trained if not parameter.isfinite().all()), None)
+        differs = torch.tensor(int(found is not None), device=self._context.device)
+        dist.all_reduce(differs)
+        if not differs:
+            return None
+        everyone: list[str | None] = [None] * self._context.world_size
+        dist.all_gather_object(everyone, found)
+        return next(filter(None, everyone))
+
     def _note_gradients(self) -> None:
         found = torch.zeros_like(self._gradients)
         for number, linear in enumerate(self._linears):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from modellink_lora.config.errors import UserError
 from modellink_lora.config.train import TrainConfig
 from modellink_lora.data.batches import Batch
 from modellink_lora.device import Device
@@ -62,12 +64,13 @@ class Loop:
         stream = self.data.stream("train", consumed_samples=progress.consumed_samples)
         losses: list[float] = []
         saved = progress.iteration  # nothing to save before the first step
+        start = dataclasses.replace(progress)
         while progress.iteration < train.train_iters:
             with self.telemetry.step(progress.iteration + 1):
                 with self.telemetry.part("data"):
                     batches = stream.take(self.data.micro_batches)
                 result = self.step(batches)
-            self.telemetry.count(lengths=stream.lengths, trained_tokens=result.totals.tokens)
+            self.telemetry.count(lengths=stream.lengths, trained_tokens=0 if result.skipped else result.totals.tokens)
             losses += [] if result.skipped else [result.totals.loss]
             if progress.iteration % train.log_interval == 0:
                 self.log(result, losses)
@@ -80,12 +83,16 @@ class Loop:
             due = train.save_interval and progress.iteration % train.save_interval == 0
             exits = train.exit_interval and progress.iteration % train.exit_interval == 0
             ends = last or exits or result.totals.stop
-            saves = self.save is not None and (due or ends or (best and train.save_best))
+            # what no step has changed is no result
+            saves = self.save is not None and progress.updates > 0 and (due or ends or (best and train.save_best))
             if saves or (interval and progress.iteration % interval == 0):
                 sync_parameters(train, self.chunks)
                 self.guards.check_replicas(progress.iteration)
             if ends:
                 self.guards.at_end()
+                self._require_steps(start, stopped=result.totals.stop)
+            if saves or ends:
+                self._check_weights()
             if self.save and saves:
                 with self.telemetry.paused():
                     self.save(best)
@@ -136,14 +143,20 @@ class Loop:
         if not result.skipped:
             self.scheduler.step(self.data.batch_size)
         self._count_empty(result)
-        self.reporter.step(result.totals.loss)
+        loss, tokens = result.totals.loss, result.totals.tokens
+        self.reporter.step(None if result.skipped else loss)
+        # the loss of a skipped step is under a name of its own: it is no point of the curve of what was learned
+        told = {"skipped step loss": loss} if result.skipped else {"lm loss": loss}
         self.reporter.record(
             progress.iteration,
-            {"lm loss": result.totals.loss, "grad norm": result.grad_norm,
-             "learning rate": learning_rate(self.optimizer), "trained tokens": result.totals.tokens,
-             "loss scale": float(self.optimizer.get_loss_scale())},
+            {**told, "grad norm": result.grad_norm, "learning rate": learning_rate(self.optimizer),
+             "trained tokens": 0 if result.skipped else tokens, "loss scale": self._loss_scale},
         )  # fmt: skip
         return result
+
+    @property
+    def _loss_scale(self) -> float:
+        return float(self.optimizer.get_loss_scale())
 
     def _count_empty(self, result: StepResult) -> None:
         empty = self.data.micro_batches * self.context.dp_size - result.totals.micro_batches
@@ -164,11 +177,17 @@ class Loop:
         progress, name = self.progress, {"valid": "validation", "test": "test"}[split]
         with self.telemetry.paused():
             sync_parameters(self.train, self.chunks)
-            loss = validation_loss(
+            totals = validation_loss(
                 self.chunks, self.data.stream(split).take(count), self.context, self.device,
                 loss_reduction=self.train.loss_reduction,
             )  # fmt: skip
-        best = split == "valid" and progress.iteration > 0 and (not progress.best or loss < progress.best["loss"])
+        loss = totals.loss
+        if not math.isfinite(loss):
+            why = f"is {loss}, outputs are not finite" if totals.tokens else "is not known, no token is trained"
+            self.reporter.record(progress.iteration, {f"{name} loss": None})
+            self.reporter.say(f"warning: the {name} loss at iteration {progress.iteration} {why}: it counts as none")
+            return False
+        best = split == "valid" and progress.updates > 0 and _is_better(loss, progress.best)
         if best:
             progress.best = {"iteration": progress.iteration, "loss": loss}
         self.reporter.record(progress.iteration, {f"{name} loss": loss})
@@ -188,7 +207,7 @@ class Loop:
                 consumed_samples=progress.consumed_samples, milliseconds=window.milliseconds,
                 tflops=window.tflops if train.log_throughput else None,
                 learning_rate=learning_rate(self.optimizer), batch_size=self.data.batch_size,
-                loss=sum(losses) / max(1, len(losses)), loss_scale=float(self.optimizer.get_loss_scale()),
+                loss=sum(losses) / len(losses) if losses else None, loss_scale=self._loss_scale,
                 grad_norm=result.grad_norm, skipped=progress.skipped, not_finite=progress.not_finite,
             )
         )  # fmt: skip
@@ -199,8 +218,53 @@ class Loop:
             who = f"[Rank {self.context.rank}] (after {progress.iteration} iterations)"
             print(f"{who} memory (MB) | {numbers}", flush=True)
 
+    def _check_weights(self) -> None:
+        """Stop before a save, or at the end, when a trained weight is not finite; say so where the user goes on."""
+        name = self.guards.weight_not_finite()
+        if name is None:
+            return
+        found = f"iteration {self.progress.iteration}: {name} is not finite after the update"
+        if self.train.check_nan:
+            raise UserError(
+                f"{found}, so this state is not saved. Resume from an earlier checkpoint with a lower --lr, or use "
+                "--bf16 instead of --fp16"
+            )
+        self.reporter.say(f"warning: {found}: this adapter cannot be used")
+
+    def _require_steps(self, start: Progress, *, stopped: bool) -> None:
+        """At the end: say how little was learned since `start` where more steps were skipped than taken.
+
+        Raises:
+            UserError: no step of the run was taken, though nobody stopped it before its end.
+        """
+        skipped, taken = self.progress.skipped - start.skipped, self.progress.updates - start.updates
+        why = "they hold no trained token"
+        mend = "look at the data with preprocess_data.py --preview, or raise --seq-length"
+        if self.train.fp16:
+            why = f"their gradients overflowed (the loss scale is now {self._loss_scale:g})"
+            mend = (
+                "use --bf16, give more --train-iters, in which the loss scale falls, or a smaller --initial-loss-scale"
+            )
+        if not self.progress.updates and not stopped:
+            raise UserError(
+                f"no step was taken: all {skipped} were skipped because {why}, so the adapter is as it was and is not "
+                f"saved; {mend}"
+            )
+        if skipped > taken:
+            self.reporter.say(f"warning: {skipped} steps were skipped because {why}, only {taken} were taken; {mend}")
+
     def _tell_stop(self, saved: int) -> None:
         signal, iteration = self.stop() or "a signal to another process", self.progress.iteration
         kept = f"iteration {saved} is saved; resume with --lora-load" if self.save else "no --save: nothing was kept"
+        if self.save and not saved:
+            kept = "no step was taken yet, so there is nothing to save"
         self.reporter.say(f"{signal}: stopping after iteration {iteration}; {kept}")
         self.reporter.ending = f"stopped by {signal} after iteration {iteration}"
+
+
+def _is_better(loss: float, best: Mapping[str, float] | None) -> bool:
+    """Whether a validation is the best so far.
+
+    A best loss of 0 or nan does not count: older versions kept it of a validation without a trained token.
+    """
+    return best is None or not best["loss"] > 0 or loss < best["loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ Passes = Callable[..., list[dict[str, Tensor]]]  # `run_micro_batches`, or what 
 class Totals:
     """What one global batch gave, the same on every process."""
 
-    loss: float  # as optimised: mean of micro-batch means, or token-weighted
+    loss: float  # as optimised: mean of micro-batch means, or token-weighted; nan where no token is trained
     tokens: int  # trained tokens
     micro_batches: int  # with a trained token
     alarm: bool = False  # a gradient is not finite somewhere
@@ -119,7 +120,9 @@ def reduce_reports(
     sums[4:] += torch.tensor([alarm, stop]).to(sums)
     dist.all_reduce(sums)
     mean, total, tokens, counted, alarms, stops = sums.tolist()
-    loss = total / max(tokens, 1) if loss_reduction == "token" else mean / max(counted, 1)
+    loss = math.nan  # a mean of nothing; 0 would be the best loss there is
+    if counted:
+        loss = total / tokens if loss_reduction == "token" else mean / counted
     return Totals(loss, int(tokens), int(counted), alarms > 0, stops > 0)
 
 
@@ -168,12 +171,12 @@ def validation_loss(
     device: Device,
     *,
     loss_reduction: str,
-) -> float:
-    """Loss of the given micro-batches without dropout."""
+) -> Totals:
+    """Loss of the given micro-batches without dropout, and the tokens that it is a mean over."""
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         reports = run_micro_batches(chunks, batches, context, loss_reduction=loss_reduction, train=False)
     for chunk in chunks:
         chunk.train()
-    return reduce_reports(reports, context, device, loss_reduction=loss_reduction).loss
+    return reduce_reports(reports, context, device, loss_reduction=loss_reduction)

@@ -176,12 +176,21 @@ def _slopes(
 def _gradients(
     assembly: Assembly, train: TrainConfig, batches: Sequence[Batch], device: Device
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss of a global batch and this rank's shards of its gradients, as AdamW would see them."""
+    """Loss of a global batch and this rank's shards of its gradients, as AdamW would see them.
+
+    Raises:
+        UserError: no sample has a trained token.
+    """
     for chunk in assembly.chunks:
         chunk.zero_grad_buffer()
-    loss = _loss(assembly, train, batches, device, backward=True).loss
+    totals = _loss(assembly, train, batches, device, backward=True)
+    if not totals.tokens:
+        raise UserError(
+            "no sample of the first global batch has a trained token, so there is no gradient to verify: give another "
+            "--data-path, raise --seq-length, or leave --data-path out for random tokens"
+        )
     parts = assembly.parts
-    return loss, dict(reduced_gradients(parts.optimizer, parts.parameters, parts.context.dp_group))
+    return totals.loss, dict(reduced_gradients(parts.optimizer, parts.parameters, parts.context.dp_group))
 
 
 def _loss(

@@ -53,7 +53,9 @@ def test_the_newest_few_stay(base: Path, tmp_path: Path) -> None:
 
 def best_at_three(**arguments: Any) -> None:
     """A run whose validations after iterations 0 to 6 are given."""
-    given = iter((9.0, 8.0, 7.0, 1.0, 5.0, 4.0, 3.0))
+    from modellink_lora.training.step import Totals
+
+    given = (Totals(loss, tokens=1, micro_batches=1) for loss in (9.0, 8.0, 7.0, 1.0, 5.0, 4.0, 3.0))
     with mock.patch("modellink_lora.training.loop.validation_loss", lambda *_, **__: next(given)):
         fine_tune_here(**arguments)
 

@@ -98,7 +98,11 @@ def test_an_ending_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ("a.json", '[{"x": 1},\n]', "a.json line 2: broken JSON: Expecting value"),
         ("a.json", '[{"x": 1}]\n{"x": 2}', "a.json line 2: broken JSON: Extra data"),
         ("a.json", '[{"x": 1}\n{"x": 2}]', "a.json line 2: broken JSON: Expecting ',' delimiter"),
-        ("a.json", '[{"x": 1},' + '\n{"x": ' + "[" * 100_000, "a.json line 2: broken JSON: an object that does not end"),
+        (
+            "a.json",
+            '[{"x": 1},' + '\n{"x": ' + "[" * 100_000,
+            "a.json line 2: broken JSON: an object that does not end",
+        ),
         ("a.parquet", "text", "a.parquet: is not a readable parquet file"),
     ],
 )

@@ -84,3 +84,15 @@ def test_samples_are_cut_on_the_right_and_those_that_are_get_counted(tmp_path: P
     assert [part.tolist() for part in dataset[0]] == [[50, 51, 52], [-100, 51, 52]]
     assert [part.tolist() for part in dataset[1]] == [[30, 31, 32], [-100, 31, 32]]
     assert dataset.cut() == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "untrained"),
+    [([-100, -100, 7], 0), ([-100, -100, -100, 7], 1), ([5], 1), ([5, -100], 1), ([-100, 0], 0), ([-100] * 2, 1)],
+)
+def test_a_sample_is_untrained_when_no_label_is_left_that_a_token_predicts(
+    labels: list[int], untrained: int, tmp_path: Path
+) -> None:
+    with writing_corpus(str(tmp_path / "set"), {}) as writer:
+        writer.add([1] * len(labels), [1] * len(labels), labels)
+    assert SftDataset(InstructionCorpus(str(tmp_path / "set")), range(1), seq_length=3).untrained() == untrained

@@ -34,7 +34,9 @@ def test_the_log_line_has_megatrons_fields_in_order_and_width() -> None:
     assert LINE.fullmatch(log_line(**VALUES))
 
 
-@pytest.mark.parametrize(("field", "label"), [("tflops", "throughput per GPU"), ("grad_norm", "grad norm")])
+@pytest.mark.parametrize(
+    ("field", "label"), [("tflops", "throughput per GPU"), ("grad_norm", "grad norm"), ("loss", "lm loss")]
+)
 def test_a_number_that_was_not_measured_is_left_out(field: str, label: str) -> None:
     with_it, without = log_line(**VALUES), log_line(**{**VALUES, field: None})
     assert label in with_it and label not in without
