@@ -26,7 +26,7 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.data.chat_template import Ending, best_chat_template, differences, ending_of
 from modellink_lora.data.generation_stops import generation_stops
 from modellink_lora.data.templates import TEMPLATES, Template, get_template
-from modellink_lora.data.tokenizer import load_tokenizer
+from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -46,11 +46,13 @@ class Taught:
 
     Args:
         lines: what the user is told.
+        by: what says so.
         files: name -> new text; None: the file is left out.
         tokenizer_class: of transformers.
     """
 
     lines: tuple[str, ...] = ()
+    by: str = ""
     ending: Ending = field(default_factory=Ending)
     files: Mapping[str, str | None] = field(default_factory=dict)
     tokenizer_class: str = ""
@@ -93,36 +95,58 @@ def taught(companions: Path, prompt_type: str, *, trust_remote_code: bool) -> Ta
     template = get_template(prompt_type)
     tokenizer = load_tokenizer(companions, prompt_type=prompt_type, trust_remote_code=trust_remote_code)
     ending, files = ending_of(template, tokenizer), _Files(companions)
-    if ending.token_id is None:
-        told = [f"answers end with {_in_words(ending)} (--prompt-type {prompt_type}): end tokens stay the base's"]
-    else:
-        told = [f"answers end with {_in_words(ending)} (--prompt-type {prompt_type})"]
-        ends = files.set_ends(ending.token_id, tokenizer)
-        told.append(f"eos_token_id {ends} in {GENERATION}, eos_token {tokenizer.eos_token} of the tokenizer")
-    said, *warnings = _fit_chat_template(files, template, tokenizer)
-    found = Taught((f"note: {'; '.join([*told, said])}", *warnings), ending, files.changed, type(tokenizer).__name__)
-    _check(found, files, template, tokenizer, trust_remote_code=trust_remote_code)
-    return found
+    ends = _fit_ends(files, ending, tokenizer)
+    chat, *warnings = _fit_chat_template(files, template, tokenizer)
+    by = f"--prompt-type {prompt_type}"
+    line = f"note: answers end with {_in_words(ending)} ({by}); {ends}; {chat}"
+    loaded = _reloaded(files, trust_remote_code)
+    if words := [word for word in template.stop_words if word not in loaded.get_added_vocab()]:
+        files.make_special(words)
+        loaded = _reloaded(files, trust_remote_code)
+    _check_end(ending, loaded)
+    if differences(template, loaded, None) != differences(template, tokenizer, files.changed.get(CHAT)):
+        raise UserError(f"{companions}: transformers does not take the chat template from {CHAT}")
+    return Taught((line, *warnings), by, ending, files.changed, type(tokenizer).__name__)
+
+
+def taught_by_tokenizer(companions: Path, folder: Path, *, trust_remote_code: bool) -> Taught:
+    """The same for an adapter that has the tokenizer it was trained with in its `folder`, as many of PEFT do.
+
+    Raises:
+        UserError: one of the tokenizers cannot be loaded, or they have different vocabularies.
+    """
+    tokenizer, own = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, companions))
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(own):
+        raise UserError(f"{folder}: its tokenizer has another vocabulary than the one of the base")
+    ending, files = Ending(tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.eos_token), _Files(companions)
+    ends = _fit_ends(files, ending, tokenizer)
+    chat, former = _named(tokenizer.chat_template), _named(own.chat_template)
+    said = "chat_template stays the base's own"
+    if chat != former and "default" in chat:
+        files.set_chat_template(chat.pop("default"), _as_former(former) | chat)
+        said = "chat_template is that of the same tokenizer"
+    _check_end(ending, _reloaded(files, trust_remote_code))
+    by = f"the tokenizer in {folder}"
+    line = f"note: answers end with {_in_words(ending)} ({by}); {ends}; {said}"
+    return Taught((line,), by, ending, files.changed, type(tokenizer).__name__)
 
 
 def fit_endings(
     convert: ConvertConfig, adapter: Adapter | None, companions: Path | None, say: Callable[[str], None]
 ) -> Taught:
     """What changes in the files beside the weights, which are in `companions`, and say it. Never fails a conversion."""
-    prompt_type = _prompt_type(convert, adapter)
-    if prompt_type is None:
+    prompt_type, folder = _said_by(convert, adapter)
+    if prompt_type is None and folder is None:
         if adapter:
             say(f"note: {adapter.folder} does not say which template it was trained with: end tokens and chat template "
                 "stay the base's; --prompt-type gives those of a template")  # fmt: skip
         return Taught()
     try:
-        if companions is None:
-            raise UserError("no tokenizer came with the model")
-        found = taught(companions, prompt_type, trust_remote_code=convert.trust_remote_code)
+        found = _found(convert, prompt_type, folder, companions)
     except UserError as error:
-        reason = str(error).removeprefix("--tokenizer-name-or-path ")
-        say(f"warning: the model was taught to end answers as --prompt-type {prompt_type} does, but the files that "
-            f"tell other programs stay the base's, because the tokenizer cannot be fitted to it: {reason}")  # fmt: skip
+        by = f"--prompt-type {prompt_type} does" if prompt_type else f"the tokenizer in {folder} says"
+        say(f"warning: the model was taught to end answers as {by}, but the files that tell other programs stay the "
+            f"base's, because the tokenizer cannot be fitted to it: {_reason(error)}")  # fmt: skip
         return Taught()
     for line in found.lines:
         say(line)
@@ -137,34 +161,46 @@ def tell_stop(
     Args:
         how: what to do with the token.
     """
-    prompt_type = _prompt_type(convert, adapter)
-    if prompt_type is None:
+    prompt_type, folder = _said_by(convert, adapter)
+    if prompt_type is None and folder is None:
         if adapter:
             say(f"note: {adapter.folder} does not say which template it was trained with, and so not which token ends "
                 "its answers; --prompt-type names it")  # fmt: skip
         return None
     try:
-        if companions is None:
-            raise UserError("--load-dir names no base with a tokenizer")
-        found = taught(companions, prompt_type, trust_remote_code=convert.trust_remote_code)
+        found = _found(convert, prompt_type, folder, companions)
     except UserError as error:
-        reason = str(error).removeprefix("--tokenizer-name-or-path ")
-        known = prompt_type in TEMPLATES and TEMPLATES[prompt_type].replace_eos
-        token = TEMPLATES[prompt_type].stop_words[0] if known else "the eos token of the tokenizer it was trained with"
-        say(f"note: answers end with {token} (--prompt-type {prompt_type}): {how}; neither its id nor tokenizer and "
-            f"chat template are given, because {reason}")  # fmt: skip
+        template = TEMPLATES.get(prompt_type or "")
+        token = template.stop_words[0] if template and template.replace_eos else "the eos token of its tokenizer"
+        say(f"note: answers end with {token} ({f'--prompt-type {prompt_type}' if prompt_type else folder}): {how}; "
+            f"neither its id nor tokenizer and chat template are given, because {_reason(error)}")  # fmt: skip
         return None
-    say(f"note: answers end with {_in_words(found.ending)} (--prompt-type {prompt_type}): {how}")
+    say(f"note: answers end with {_in_words(found.ending)} ({found.by}): {how}")
     for line in found.lines[1:]:
         say(line)
     return found
 
 
-def _prompt_type(convert: ConvertConfig, adapter: Adapter | None) -> str | None:
-    """Name of the template; UserError for one of the flag that there is not."""
+def _said_by(convert: ConvertConfig, adapter: Adapter | None) -> tuple[str | None, Path | None]:
+    """Name of the template, else the adapter's folder if it has a tokenizer; UserError for a flag without template."""
     if convert.prompt_type is not None:
         get_template(convert.prompt_type)
-    return adapter.meta.prompt_type if adapter else convert.prompt_type
+    prompt_type = adapter.meta.prompt_type if adapter else convert.prompt_type
+    brings = adapter is not None and prompt_type is None and (adapter.folder / TOKENIZER).is_file()
+    return prompt_type, adapter.folder if adapter and brings else None
+
+
+def _found(convert: ConvertConfig, prompt_type: str | None, folder: Path | None, companions: Path | None) -> Taught:
+    if companions is None:
+        raise UserError("no --load-dir with config.json and a tokenizer is there")
+    if prompt_type is not None:
+        return taught(companions, prompt_type, trust_remote_code=convert.trust_remote_code)
+    assert folder is not None
+    return taught_by_tokenizer(companions, folder, trust_remote_code=convert.trust_remote_code)
+
+
+def _reason(error: UserError) -> str:
+    return str(error).removeprefix("--tokenizer-name-or-path ")
 
 
 def _in_words(ending: Ending) -> str:
@@ -244,8 +280,7 @@ def _fit_chat_template(files: _Files, template: Template, tokenizer: Any) -> Ite
         yield "chat_template stays the base's own, which gives the ids of the template"
         return
     best = best_chat_template(template, tokenizer)
-    named = own if isinstance(own, dict) else {"default": own} if own else {}
-    others = {re.sub(r"[^\w.-]", "_", f"base_{name}").removesuffix("_default"): text for name, text in named.items()}
+    others = _as_former(_named(own))
     files.set_chat_template(best.text, others)
     beside = f", the base's own is kept as {MORE_CHAT}/{', '.join(others)}.jinja" if others else ""
     yield f"chat_template is that of the template{beside}"
@@ -257,27 +292,34 @@ def _fit_chat_template(files: _Files, template: Template, tokenizer: Any) -> Ite
         )
 
 
-def _check(found: Taught, files: _Files, template: Template, tokenizer: Any, *, trust_remote_code: bool) -> None:
-    """Load the tokenizer from the changed files, and have it take every token of the template as one.
-
-    Raises:
-        UserError: transformers reads the files otherwise than they are meant.
-    """
-    loaded = _reloaded(found, files.folder, trust_remote_code)
-    if words := [word for word in template.stop_words if word not in loaded.get_added_vocab()]:
-        files.make_special(words)
-        loaded = _reloaded(found, files.folder, trust_remote_code)
-    if found.ending.token_id not in (None, loaded.eos_token_id):
-        raise UserError(f"{files.folder}: transformers takes {loaded.eos_token} as the end token whatever "
-                        f"{TOKENIZER} says")  # fmt: skip
-    if differences(template, loaded, None) != differences(template, tokenizer, found.files.get(CHAT)):
-        raise UserError(f"{files.folder}: transformers does not take the chat template from {CHAT}")
+def _fit_ends(files: _Files, ending: Ending, tokenizer: Any) -> str:
+    """Make `ending` an end token of the folder; what was done."""
+    if ending.token_id is None:
+        return "end tokens stay the base's"
+    ends = files.set_ends(ending.token_id, tokenizer)
+    return f"eos_token_id {ends} in {GENERATION}, eos_token {tokenizer.eos_token} of the tokenizer"
 
 
-def _reloaded(found: Taught, companions: Path, trust_remote_code: bool) -> Any:
-    with found.beside(companions) as folder:
+def _named(templates: Any) -> dict[str, str]:
+    """The chat templates of a tokenizer by name; an only one is called default."""
+    return dict(templates) if isinstance(templates, dict) else {"default": templates} if templates else {}
+
+
+def _as_former(templates: Mapping[str, str]) -> dict[str, str]:
+    """Names of `templates` under which none is taken unasked, as default and tool_use are."""
+    return {re.sub(r"[^\w.-]", "_", f"base_{name}").removesuffix("_default"): text for name, text in templates.items()}
+
+
+def _reloaded(files: _Files, trust_remote_code: bool) -> Any:
+    """The tokenizer that the changed files make."""
+    with Taught(files=files.changed).beside(files.folder) as folder:
         assert folder is not None
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def _check_end(ending: Ending, loaded: Any) -> None:
+    if ending.token_id not in (None, loaded.eos_token_id):
+        raise UserError(f"transformers takes {loaded.eos_token} as the end token, whatever {TOKENIZER} says")
 
 
 def _ids(value: Any) -> list[Any]:

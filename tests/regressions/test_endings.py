@@ -364,3 +364,16 @@ def test_without_its_base_an_exported_adapter_still_names_its_stop_token(to: str
     assert any(line.startswith("note: answers end with <|eot_id|> (--prompt-type llama3): ") for line in said)
     _, said = exported(None, tmp_path / "2", to, None, base)
     assert any("does not say which template" in line for line in said)
+
+
+def test_an_adapter_of_peft_that_brings_its_tokenizer_is_merged_with_its_ending(model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").write_text("of the base")
+    adapter, _ = exported(model, tmp_path, "peft", "chatml", model)
+    told = convert(model, tmp_path / "again", to="hf", lora_load=str(adapter))
+    assert f"note: answers end with <|im_end|> (id 5) (the tokenizer in {adapter}); eos_token_id [5, 2]" in told
+    straight, _ = fitted(model, tmp_path, "chatml")
+    assert beside_weights(tmp_path / "again/mg2hg") == beside_weights(straight)
+    make_tokenizer(adapter)
+    told = convert(model, tmp_path / "other", to="hf", lora_load=str(adapter))
+    assert "its tokenizer has another vocabulary" in told
+    assert loaded(tmp_path / "other/mg2hg").chat_template == "of the base"
