@@ -222,7 +222,7 @@ class _Files:
 
     def read(self, name: str) -> Document | None:
         if text := self.changed.get(name):
-            return dict(json.loads(text))
+            return parse_document(text, dict[str, Any], where=name)
         return read_document(self.folder / name, dict[str, Any]) if (self.folder / name).is_file() else None
 
     def update(self, name: str, document: Document) -> None:

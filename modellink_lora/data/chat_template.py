@@ -61,6 +61,7 @@ _CONVERSATION = """\
 {%- for message in messages -%}
   {%- set role = message["role"] -%}
   {%- set content = message["content"] or "" -%}
+  {%- if content is not string -%}{{- raise_exception("a message has text and nothing else") -}}{%- endif -%}
   {%- if role == "system" -%}
     {%- if not loop.first -%}
       {{- raise_exception("a conversation has one system message at most, and begins with it") -}}

@@ -185,6 +185,15 @@ def test_the_ending_is_the_token_or_the_text_behind_an_answer(
     )
 
 
+def test_a_message_in_parts_is_refused_rather_than_written_as_a_list(folders: Mapping[str, Path]) -> None:
+    template, tokenizer = fitted(folders["bytes"], "chatml")
+    with pytest.raises(Exception, match="text and nothing else"):
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}],
+            chat_template=best_chat_template(template, tokenizer).text,
+        )
+
+
 def test_quotes_braces_and_backslashes_of_a_template_are_kept(folders: Mapping[str, Path]) -> None:
     tokenizer = load_tokenizer(folders["bytes"])
     odd = 'He said: "{{ x }}" {% if %} \\n \t' + json.dumps({"a": [1]}) + " {# é #}\n"
