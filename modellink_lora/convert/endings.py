@@ -241,6 +241,7 @@ class _Files:
             ids = ("bos_token_id", "pad_token_id")
             generation = {name: config[name] for name in ids if config.get(name) is not None}
         if set(ends) != set(_ids(generation.get("eos_token_id"))):
+            generation.pop("_from_model_config", None)  # older versions of transformers then ask config.json instead
             self.update(GENERATION, {**generation, "eos_token_id": ends})
         stated = config.get("eos_token_id")
         if config and end not in _ids(stated):

@@ -186,6 +186,8 @@ def test_however_a_base_says_where_it_ends(case: str, model: Path, tmp_path: Pat
     change(model)
     folder, _ = fitted(model, tmp_path, "chatml")
     assert read(folder / "generation_config.json")["eos_token_id"] == ends
+    if case != "a list that has it":
+        assert "_from_model_config" not in read(folder / "generation_config.json")
     assert read(folder / "config.json")["eos_token_id"] == stated
     assert loaded(folder).eos_token == "<|im_end|>"
     assert loaded(folder).apply_chat_template(ASKED, return_dict=False)[0] == IM_START
