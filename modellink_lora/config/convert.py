@@ -110,6 +110,11 @@ class ConvertConfig:
     verify_logits: str | None = flag(
         None, "after merging, run this prompt (or token ids, e.g. 1,15,27) through base + adapter and the merged model"
     )
+    prompt_type: str | None = flag(
+        None,
+        "template that the adapter was trained with, where it does not say so, or that the model was; its end token "
+        "and chat template go into the result",
+    )
     trust_remote_code: bool = trust_remote_code_flag()
     loader: str | None = flag(None, "older spelling of --load-model-type", choices=tuple(_LOADERS))
     saver: str | None = flag(None, "older spelling, together with --loader", choices=("megatron",))
@@ -178,6 +183,12 @@ class ConvertConfig:
         return not self.exports_adapter and (self.lora_load is not None or self.source == "mg")
 
     @property
+    def loads_tokenizer(self) -> bool:
+        """Whether the tokenizer may be asked: for the end token of a template, or for --verify-logits."""
+        tuned = self.merges or self.prompt_type is not None or self.target in ("peft", "gguf-adapter")
+        return self.verify_logits is not None or tuned
+
+    @property
     def without_effect(self) -> dict[str, str]:
         """Flags given that change nothing in this conversion -> why."""
         ranks, legacy = self.target in ("mg", "adapter-ranks"), "it chooses the names of tensors in rank files"
@@ -191,7 +202,8 @@ class ConvertConfig:
             "verify": (not self.exports_adapter, "only models are read again after writing"),
             "list_moves": (not self.exports_adapter, "only the plan of a model lists its tensors"),
             "merge_report": (self.merges, "no adapter is merged"),
-            "trust_remote_code": (self.verify_logits is not None, "only --verify-logits loads the tokenizer"),
+            "prompt_type": (self.target != "adapter-ranks", "rank files keep no template"),
+            "trust_remote_code": (self.loads_tokenizer, "no tokenizer is loaded"),
             "workers": (not self.exports_adapter, "an adapter is written by one thread"),
         }
         return {

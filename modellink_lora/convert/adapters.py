@@ -15,6 +15,7 @@ from modellink_lora.checkpoint.rank_tree import HF_FILES
 from modellink_lora.checkpoint.store import TRACKER, iteration_folder, pointing_at
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
+from modellink_lora.convert.endings import tell_stop
 from modellink_lora.parallel.partition import Partition
 
 Say = Callable[[str], None]
@@ -49,9 +50,14 @@ def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
         say("note: base_model_name_or_path stays null, as neither the adapter nor --load-dir tells the base's name or "
             "folder: PEFT loads the adapter on a model that you load first; AutoPeftModel and vLLM's model listing "
             "need it: give --base-model-name-or-path")  # fmt: skip
+    carry = _tokenizer(
+        convert, adapter, say,
+        how="set it as a stop token of the base (eos_token_id of generate, stop_token_ids of vLLM)",
+    )  # fmt: skip
     if convert.svd_rank:
         if _stops(convert, say):
             return folder
+        carry(folder)
         errors = write_truncated(folder, adapter, convert.svd_rank, base_model=base)
         worst = max(errors, key=lambda name: errors[name])
         say(f"relative error (Frobenius norm) of the updates: greatest {errors[worst]:.3g} ({worst}), "
@@ -68,9 +74,28 @@ def _peft(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
             "would scale some of them wrongly: merge the adapter for vLLM, or give --svd-rank")  # fmt: skip
     if _stops(convert, say):
         return folder
+    carry(folder)
     names = write_peft(folder, adapter, base_model=base)
     say(f"wrote {folder}, {len(names)} tensors")
     return folder
+
+
+def _tokenizer(convert: ConvertConfig, adapter: Adapter, say: Say, *, how: str) -> Callable[[Path], None]:
+    """Name the token that ends answers; what writes the tokenizer that goes along, if any."""
+    base = _base_files(convert)
+    found = tell_stop(convert, adapter, base, say, how=how)
+    if found is None or base is None:
+        return lambda folder: None
+    say("the base's tokenizer goes along, with the end token and the chat template of the training")
+    return lambda folder: found.write_tokenizer(base, folder)
+
+
+def _base_files(convert: ConvertConfig) -> Path | None:
+    """Folder of the base's config.json and tokenizer, if --load-dir names one."""
+    if not convert.load_dir:
+        return None
+    folder = Path(convert.load_dir) if convert.source == "hf" else Path(convert.load_dir) / HF_FILES
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _base_model(convert: ConvertConfig) -> str | None:
@@ -79,8 +104,8 @@ def _base_model(convert: ConvertConfig) -> str | None:
         return convert.base_model_name_or_path
     if convert.source == "hf":
         return convert.load_dir
-    kept = Path(convert.load_dir) / HF_FILES
-    if not (kept / "config.json").is_file():
+    kept = _base_files(convert)
+    if kept is None:
         return None
     name = read_config_json(kept, flag="--load-dir").get("_name_or_path")
     return name if isinstance(name, str) and name else None
@@ -90,8 +115,14 @@ def _gguf(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> P
     plan = plan_gguf_adapter(adapter)
     for note in plan.notes:
         say(f"note: {note}")
+    carry = _tokenizer(
+        convert, adapter, say,
+        how="where the base's GGUF file has another, give llama.cpp --override-kv tokenizer.ggml.eos_token_id=int:ID, "
+        "and --jinja with --chat-template-file",
+    )  # fmt: skip
     if _stops(convert, say):
         return folder
+    carry(folder)
     write_gguf_adapter(folder / FILE, adapter, plan)
     say(f"wrote {folder / FILE}, {2 * len(plan.names)} tensors, adapter.lora.alpha {plan.alpha:g}")
     return folder
@@ -116,6 +147,7 @@ def _ranks(convert: ConvertConfig, adapter: Adapter, folder: Path, say: Say) -> 
     r, alpha = common(adapter)
     say(f"TP {tp}, layers per stage {partition.describe()}, {spelling} names; ModelLink's flags for it: "
         f"--lora-r {r} --lora-alpha {alpha:g}")  # fmt: skip
+    tell_stop(convert, adapter, _base_files(convert), say, how="rank files do not keep it")
     if any(adapter.meta.lora.rank_of(module) != r for module in adapter.modules):
         say(f"note: rank files have one rank: smaller ones are filled up to {r} with zeros")
     if _stops(convert, say):

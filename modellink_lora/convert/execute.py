@@ -27,6 +27,7 @@ from modellink_lora.checkpoint.store import TRACKER, iteration_folder, writing
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.convert.adapters import export_adapter
+from modellink_lora.convert.endings import Taught, fit_endings, tell_stop
 from modellink_lora.convert.meta import meta_notes, meta_taken, meta_tokenizer, write_meta_folder
 from modellink_lora.convert.plan import Move, Plan, adapted_ranks, check_layout, job_memory, make_plan, padded, size
 from modellink_lora.convert.report import MergeReport
@@ -109,13 +110,19 @@ def run(convert: ConvertConfig, lora_flags: Mapping[str, Any], *, say: Say) -> P
     if convert.target == "meta":
         for note in meta_notes(plan, meta_tokenizer(companions)):
             say(f"note: {note}")
+        ending = Taught()
+        tell_stop(
+            convert, adapter, companions, say, how="Meta's format cannot say it, give it to the code that runs it"
+        )
+    else:
+        ending = fit_endings(convert, adapter, companions, say)
     say(check_space(Path(convert.save_dir), plan.total_bytes))
     if convert.dry_run:
         say("dry run: nothing was written")
         return Path(convert.save_dir)
     transfer = Transfer(source.under(adapter), adapter)
     save = Path(convert.save_dir)
-    with writing(save, flag="--save-dir", tell=say), told_when_full(save):
+    with writing(save, flag="--save-dir", tell=say), told_when_full(save), ending.beside(companions) as companions:
         _check_free(convert, source)
         begin, written = time.perf_counter(), []
 

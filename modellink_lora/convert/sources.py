@@ -24,6 +24,7 @@ from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.convert import ConvertConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
+from modellink_lora.data.templates import get_template
 from modellink_lora.models.families import FAMILIES, check_name, family_of, has_its_tensors
 from modellink_lora.models.family import Family, TensorSpec
 
@@ -269,7 +270,20 @@ def open_merge(
     replacing = convert.target not in ("adapter-ranks", "gguf-adapter") and convert.verify_logits is None
     adapter = open_adapter(Path(convert.lora_load), base=base, given=given, replacing=replacing)
     check_flags(adapter, given)
-    return adapter
+    return _with_template(adapter, convert.prompt_type)
+
+
+def _with_template(adapter: Adapter, prompt_type: str | None) -> Adapter:
+    """`adapter` with the template that the user names for it."""
+    if prompt_type is None:
+        return adapter
+    own, name = adapter.meta.prompt_type, get_template(prompt_type).name
+    if own not in (None, name):
+        raise UserError(
+            f"--prompt-type {name} contradicts --lora-load {adapter.folder}, which was trained with {own}: "
+            "remove the flag"
+        )
+    return dataclasses.replace(adapter, meta=dataclasses.replace(adapter.meta, prompt_type=name))
 
 
 def check_base(source: Source, adapter: Adapter, convert: ConvertConfig) -> tuple[str, ...]:

@@ -46,19 +46,23 @@ class Template:
     function: Slots = ("{content}", EOS)  # a call of a tool
     default_system: str = ""
     system_inside_user: bool = False  # the system text becomes part of the first question's slot
+    answer_opening: str = ""  # the end of `user` that belongs to the answer; a chat template leaves it out on request
     stop_words: tuple[str, ...] = ()  # tokens that end an answer; they must be in the vocabulary
     replace_eos: bool = False  # the first stop word is the tokenizer's end-of-sequence token
 
 
+_LLAMA3_OPENING = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
 def _llama3(role: str) -> str:
-    return (
-        f"<|start_header_id|>{role}<|end_header_id|>\n\n{{content}}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{{content}}<|eot_id|>{_LLAMA3_OPENING}"
+
+
+_CHATML_OPENING = "<|im_start|>assistant\n"
 
 
 def _chatml(role: str) -> str:
-    return f"<|im_start|>{role}\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
+    return f"<|im_start|>{role}\n{{content}}<|im_end|>\n{_CHATML_OPENING}"
 
 
 _CHATML_SYSTEM = "<|im_start|>system\n{content}<|im_end|>\n"
@@ -66,12 +70,19 @@ _CHATML_SYSTEM = "<|im_start|>system\n{content}<|im_end|>\n"
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        Template(name="default", system=("{content}\n",), user=("Human: {content}\nAssistant:",), separator=("\n",)),
+        Template(
+            name="default",
+            system=("{content}\n",),
+            user=("Human: {content}\nAssistant:",),
+            separator=("\n",),
+            answer_opening="\nAssistant:",
+        ),
         Template(name="empty", user=("{content}",), assistant=("{content}",)),
         Template(
             name="alpaca",
             user=("### Instruction:\n{content}\n\n### Response:\n",),
             separator=("\n\n",),
+            answer_opening="\n\n### Response:\n",
             default_system=(
                 "Below is an instruction that describes a task. "
                 "Write a response that appropriately completes the request.\n\n"
@@ -89,6 +100,7 @@ TEMPLATES: dict[str, Template] = {
             system=("<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",),
             user=(_llama3("user"),),
             observation=(_llama3("tool"),),
+            answer_opening=_LLAMA3_OPENING,
             stop_words=("<|eot_id|>",),
             replace_eos=True,
         ),
@@ -98,6 +110,7 @@ TEMPLATES: dict[str, Template] = {
             user=(_chatml("user"),),
             observation=(_chatml("tool"),),
             separator=("\n",),
+            answer_opening=_CHATML_OPENING,
             default_system="You are a helpful assistant.",
             stop_words=("<|im_end|>",),
             replace_eos=True,
@@ -108,6 +121,7 @@ TEMPLATES: dict[str, Template] = {
             user=(_chatml("user"),),
             observation=(_chatml("tool"),),
             separator=("\n",),
+            answer_opening=_CHATML_OPENING,
             stop_words=("<|im_end|>", "<|im_start|>"),
             replace_eos=True,
         ),

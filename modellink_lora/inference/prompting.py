@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink_lora.config.document import read_document
 from modellink_lora.config.errors import UserError
+from modellink_lora.data.generation_stops import generation_stops
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import get_template
 
@@ -35,7 +34,7 @@ class Prompter:
         if hf_chat_template and not getattr(tokenizer, "chat_template", None):
             raise UserError(f"--hf-chat-template: the tokenizer in {folder} has none; give a --prompt-type instead")
         words = [*(self._template.stop_words if self._template else ()), *stop_words]
-        self.stop_ids = frozenset({tokenizer.eos_token_id, *_generation_stops(folder), *map(self._one_token, words)})
+        self.stop_ids = frozenset({tokenizer.eos_token_id, *generation_stops(folder), *map(self._one_token, words)})
 
     @property
     def has_template(self) -> bool:
@@ -87,18 +86,3 @@ def _conversation(messages: Sequence[Mapping[str, str]]) -> Conversation:
     if len(roles) % 2 == 0 or any((role in ("user", "observation")) != (i % 2 == 0) for i, role in enumerate(roles)):
         raise UserError(f"messages must ask and answer in turn and end with a question; found {', '.join(roles)}")
     return Conversation(tuple(Message(role, m["content"]) for role, m in zip(roles, rest)), system[0] if system else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stops:
-    eos_token_id: int | list[int] | None = None
-
-
-def _generation_stops(folder: Path) -> list[int]:
-    """Ids that end an answer by the files beside the tokenizer; like transformers, the first that says so is asked."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = read_document(folder / name, _Stops).eos_token_id
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
-    return []

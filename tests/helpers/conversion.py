@@ -45,6 +45,7 @@ def random_adapter(
     targets: tuple[str, ...] = TARGETS,
     seed: int = 5,
     fingerprint: str | None = "of base",
+    prompt_type: str | None = None,
     **lora: Any,
 ) -> Path:
     """Write an adapter with every factor random for the Hugging Face model `base`."""
@@ -62,6 +63,6 @@ def random_adapter(
         tensors[f"{module}.lora_B"] = torch.randn(out_features, r, generator=generator) * 0.1
     if fingerprint == "of base":
         fingerprint = base_fingerprint(model.config, model.read)
-    write_adapter(iteration_folder(root, 7), tensors, AdapterMeta(config, model.config, fingerprint, 7))
+    write_adapter(iteration_folder(root, 7), tensors, AdapterMeta(config, model.config, fingerprint, 7, prompt_type))
     write_tracker(root, 7)
     return root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,5 +43,36 @@ def make_tokenizer(folder: Path, extra_tokens: Sequence[str] = (), *, special: S
         pad_token="<pad>",
         extra_special_tokens=[*special, *extra_tokens],
     )
+    fast.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_spaced_tokenizer(folder: Path, *, everywhere: bool) -> Path:
+    """Save a tokenizer that begins texts with a space, as those of sentencepiece do, and return its folder.
+
+    Args:
+        everywhere: also behind a special token (Llama 1 and 2), not only at the beginning of a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if everywhere:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", *CHATML, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, show_progress=False)
+    # word by word: no piece of a vocabulary of sentencepiece reaches beyond a space
+    tokenizer.train_from_iterator([word for text in _SENTENCES for word in text.split()], trainer)
+    made = json.loads(tokenizer.to_str())
+    made["added_tokens"] = made["added_tokens"][:-256]  # bytes are words, not tokens to cut out of a text
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)),
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", extra_special_tokens=list(CHATML),
+    )  # fmt: skip
     fast.save_pretrained(folder)
     return Path(folder)
