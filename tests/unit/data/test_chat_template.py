@@ -90,11 +90,12 @@ def fitted(folder: Path, name: str) -> tuple[Template, Any]:
     return get_template(name), load_tokenizer(folder, prompt_type=name)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "spaces", "first space"])
-@pytest.mark.parametrize("name", TEMPLATES)
+# llama3's tokens are in no tokenizer that begins texts with spaces
+KINDS = [("bytes", "llama3"), *((k, n) for k in ("bytes", "spaces", "first space") for n in TEMPLATES if n != "llama3")]
+
+
+@pytest.mark.parametrize(("kind", "name"), KINDS)
 def test_the_chat_template_gives_the_ids_of_preprocessing(folders: Mapping[str, Path], kind: str, name: str) -> None:
-    if name == "llama3" and kind != "bytes":
-        pytest.skip("no such tokens")
     template, tokenizer = fitted(folders[kind], name)
     assert best_chat_template(template, tokenizer).differing == 0
     for found, expected in pairs(template, tokenizer):
