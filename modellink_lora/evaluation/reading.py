@@ -13,6 +13,8 @@ from fractions import Fraction
 
 from modellink_lora.evaluation.markup import plain, without_reasoning
 
+GRAMMAR = 2  # to be raised with the rules: an evaluation that was begun under others is not continued
+
 # Where an answer is said.
 
 _BOX = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
@@ -69,19 +71,22 @@ _JOIN = r"\s*(?:,\s*(?:and|or)\b|,|、|;|/|&|\band\s*/\s*or\b|\band\b|\bor\b|和
 _ALSO = r"(?:(?:maybe|perhaps|possibly|also|option|choice|选项)\s*)?"
 _NEXT = re.compile(rf"(?:{_JOIN}{_ALSO})?{_LETTER}{_ALONE}")
 _DENIED = re.compile(
-    r"\s*(?:选?项)?\s*(?:(?:is|are|was|seems)\s*(?:not\b|n['’]t\b|incorrect|wrong|false)|isn['’]t|不|错)"
+    r"(?:\s*\([^()\n]{1,60}\))?\s*(?:选?项)?\s*(?:(?:is|are|was|seems)\s*(?:not\b|n['’]t\b|incorrect|wrong|false)|isn['’]t|不|错)"
 )
 _AFTER_A = re.compile(  # what follows the letter A and not the article
     r"\s+(?:is|because|since|as|for|due|given|would|seems|and|or|was|with|based|according|the|an?|none|both|all)\b",
     re.I,
 )
 _VERDICT = re.compile(
-    rf"(?<![A-Za-z0-9.])({_LETTER}{_ALONE}(?:{_JOIN}{_ALSO}{_LETTER}{_ALONE}){{0,6}})[^.\n;,A-Z]{{0,40}}?(?:"
+    rf"(?<![A-Za-z0-9.])({_LETTER}{_ALONE}(?:{_JOIN}{_ALSO}{_LETTER}{_ALONE}){{0,6}})"
+    r"(?:\s*\([^()\n]{1,60}\))?[^.\n;,A-Z]{0,40}?(?:"
     r"\s(?:is|are|seems|looks|would\s+be)\s+(?:clearly\s+|therefore\s+|thus\s+)?(?:the\s+)?(?:most\s+|only\s+)?"
     r"(?:correct|right|best|true|accurate|appropriate|answer)\b|(?:选?项)?(?:是|为|最)?(?:正确|对的?|符合))"
 )
 _CONCLUDES = re.compile(
-    rf"\b(?:so|therefore|thus|hence|conclusion)\b[,:]?\s*(?:it\s+is\s+|it['’]s\s+)?(?={_LETTER}\W*$)", re.I | re.M
+    rf"\b(?:(?:so|therefore|thus|hence|conclusion|leaving)\b[,:]?\s*(?:it\s+is\s+|it['’]s\s+)?"
+    rf"|it\s+(?:is|must\s+be)\s+|it['’]s\s+)(?={_LETTER}\W*$)",
+    re.I | re.M,
 )
 _CHOICE_LIKE = re.compile(
     rf"(?:(?<=^)|(?<=[\n,:;.。，]\s)|(?<=[\n,:;，。是选])|{_OPEN}\s*|\b(?:option|choice|选项)\s*)([A-Za-z]){_ALONE}"
@@ -152,7 +157,7 @@ def _group(text: str, letters: str, *, said: bool = False, begins: bool = False)
             break
         rest = text[found.end() :]
         bracketed = not found[0].strip()[-1:].isalnum() or bool(re.search(rf"{_OPEN}\s*$", joined))
-        closed = not re.match(r"\s*[\w'’]", rest) if said else not rest.strip(" .。!")
+        closed = not re.match(r"\s*[\w'’]", rest) if said else not rest.strip(" .。!") or rest[0] in ".:"
         if letter.islower() and not closed and not bracketed:
             break
         if letter == "A" and begins and not bracketed and re.match(r"\s+[a-z]", rest) and not _AFTER_A.match(rest):
@@ -277,10 +282,10 @@ def _spelled(found: re.Match[str]) -> str:
 
 _MEANINGS = {
     "Yes": "yes yeah yep true correct 是的 正确 是 对",
-    "No": "not-true not-correct no nope false incorrect 不是 不正确 错误 不对 否 不是的 不",
+    "No": "not-true not-correct no nope false incorrect 不是 不正确 错误 不对 错 否 不是的 不",
 }
 YES_NO = {word.replace("-", " "): meaning for meaning, words in _MEANINGS.items() for word in words.split()}
-_SHORT = "[是否对不]"  # words that may begin others, such as 是否
+_SHORT = "[是否对错不]"  # words that may begin others, such as 是否
 
 
 def read_word(text: str, words: dict[str, str]) -> str:
@@ -291,7 +296,7 @@ def read_word(text: str, words: dict[str, str]) -> str:
     """
     text = plain(text)
     any_ = "|".join(sorted(map(re.escape, words), key=len, reverse=True))
-    not_so = rf"[A-Za-z0-9]|\s+(?:idea|clue|information|answer|comment)\b|(?<={_SHORT})\w"
+    not_so = rf"[A-Za-z0-9]|\s+(?:idea|clue|information|answer|comment)\b|的?(?:答案|选项)|(?<={_SHORT})\w"
     word = re.compile(rf"({any_})(?!{not_so})", re.I)
     both = re.compile(rf"\s*(?:or|and|/|或者?|和|还是)\s*(?:{any_})(?![A-Za-z0-9])", re.I)
 
@@ -304,7 +309,7 @@ def read_word(text: str, words: dict[str, str]) -> str:
         if meaning := at_start(candidate):
             return meaning
     concluded = re.compile(
-        rf"(?:\b(?:so|therefore|thus|hence)\b,?\s*|\b(?:it|this|that|statement|claim|expression|argument)\s+is\s+"
+        rf"(?:\b(?:so|therefore|thus|hence)\b,?\s*|\b(?:it|that)['’]s\s+|\bthink\s+|\b(?:it|this|that|statement|claim|expression|argument)\s+is\s+"
         rf"|(?:^|[.,:;!(。，]\s*))(?=({any_})\s*(?:[.,;:!)。，]|$))",
         re.I | re.M,
     )
