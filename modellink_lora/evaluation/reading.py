@@ -59,41 +59,43 @@ def _first_line(text: str) -> str:
 
 # Letters of choices.
 
-_FILLER = re.compile(
+_FILLER = re.compile(  # between what announces an answer and its letter
     r"(?:[\s:(\[{\"'“‘「【<]*(?:most\s+likely|likely|probably|clearly|definitely|therefore|thus|either|both|option"
     r"|options|choice|choices|answer|letter|the|选项|应该?|是|为)(?![A-Za-z]))*[\s:]*",
     re.I,
 )
 _OPEN, _CLOSE = r"[(\[{\"'“‘「【<]", r"[)\]}\"'”’」】>]"
+# no word such as Dogs, B-12, C++, A's or D.C. goes on after the letter
 _ALONE = r"(?![A-Za-z0-9]|['’][A-Za-z]|-[A-Za-z0-9]|\+\+|\#|\.[A-Za-z]\b)"
 _LETTER = rf"(?:{_OPEN}\s*){{0,4}}([A-Za-z])(?![a-z0-9])(?:\s*{_CLOSE}){{0,4}}"
 _JOIN = r"\s*(?:,\s*(?:and|or)\b|,|、|;|/|&|\band\s*/\s*or\b|\band\b|\bor\b|和|与|及|以及|或者?|还是)\s*"
 _ALSO = r"(?:(?:maybe|perhaps|possibly|also|option|choice|选项)\s*)?"
 _NEXT = re.compile(rf"(?:{_JOIN}{_ALSO})?{_LETTER}{_ALONE}")
-_DENIED = re.compile(
-    r"(?:\s*\([^()\n]{1,60}\))?\s*(?:选?项)?\s*(?:(?:is|are|was|seems)\s*(?:not\b|n['’]t\b|incorrect|wrong|false)|isn['’]t|不|错)"
+_DENIED = re.compile(  # after a letter
+    r"(?:\s*\([^()\n]{1,60}\))?\s*(?:选?项)?\s*"
+    r"(?:(?:is|are|was|seems)\s*(?:not\b|n['’]t\b|incorrect|wrong|false)|isn['’]t|不|错)"
 )
 _AFTER_A = re.compile(  # what follows the letter A and not the article
     r"\s+(?:is|because|since|as|for|due|given|would|seems|and|or|was|with|based|according|the|an?|none|both|all)\b",
     re.I,
 )
-_VERDICT = re.compile(
+_VERDICT = re.compile(  # letters that are called right
     rf"(?<![A-Za-z0-9.])({_LETTER}{_ALONE}(?:{_JOIN}{_ALSO}{_LETTER}{_ALONE}){{0,6}})"
     r"(?:\s*\([^()\n]{1,60}\))?[^.\n;,A-Z]{0,40}?(?:"
     r"\s(?:is|are|seems|looks|would\s+be)\s+(?:clearly\s+|therefore\s+|thus\s+)?(?:the\s+)?(?:most\s+|only\s+)?"
     r"(?:correct|right|best|true|accurate|appropriate|answer)\b|(?:选?项)?(?:是|为|最)?(?:正确|对的?|符合))"
 )
-_CONCLUDES = re.compile(
+_CONCLUDES = re.compile(  # a letter that ends its line
     rf"\b(?:(?:so|therefore|thus|hence|conclusion|leaving)\b[,:]?\s*(?:it\s+is\s+|it['’]s\s+)?"
     rf"|it\s+(?:is|must\s+be)\s+|it['’]s\s+)(?={_LETTER}\W*$)",
     re.I | re.M,
 )
-_CHOICE_LIKE = re.compile(
+_CHOICE_LIKE = re.compile(  # a letter in brackets, at the beginning of a clause, or before a punctuation mark
     rf"(?:(?<=^)|(?<=[\n,:;.。，]\s)|(?<=[\n,:;，。是选])|{_OPEN}\s*|\b(?:option|choice|选项)\s*)([A-Za-z]){_ALONE}"
     rf"|(?<![A-Za-z0-9.]){_LETTER}{_ALONE}(?=\s*(?:[.):,;!?。，]|$)|{_JOIN}{_ALSO}{_LETTER}{_ALONE})",
     re.M,
 )
-_NEGATED = re.compile(
+_NEGATED = re.compile(  # before a letter
     r"(?:\bnot|n['’]t|\brather\s+than|\binstead\s+of|\bexcept|\bexclude|不是|不选|排除|而非|非)\s*\(?$", re.I
 )
 
@@ -102,31 +104,31 @@ def read_choices(text: str, letters: str) -> str:
     """The letters said to be right, in alphabetical order: several where they are named together; "" without any."""
     text = plain(text)
     first = _first_line(text)
-    bare = _group(first, letters, begins=True)
-    if bare and not first[bare[1] :].strip(" .。!*"):
-        return bare[0]
+    begin, end = _group(first, letters, begins=True) or ("", 0)
+    rest = first[end:]
+    if begin and not rest.strip(" .。!*"):  # the letter alone
+        return begin
     for content in boxed(text):
         group = _group(content, letters, said=True)
         if group and re.fullmatch(r"\s*(?:[.:),].*)?", content[group[1] :], re.S):
             return group[0]
     if found := _last_said(first, letters):
         return found
-    listed = (
-        bare and "A" in bare[0] and re.match(rf"\(?{letters[1:2]}[.):]", _first_line(text.partition("\n")[2]), re.I)
-    )
-    colon = bare and first[bare[1] :].startswith(":")  # `A: Let us see` is no choice
-    if bare and not listed and not colon and not _DENIED.match(first[bare[1] :]):
-        return bare[0]
-    dotted = [m[1] for m in re.finditer(rf"(?<![A-Za-z0-9.])([{letters}])\)?\.(?![A-Za-z]\b)", first)]
-    if dotted and not listed and not bare and _alone(first, letters) == dotted[-1]:
-        return dotted[-1]
-    for rest in _final(_BOX.sub(r"\1", text)):
-        if (group := _group(rest, letters, said=True)) and not _DENIED.match(rest[group[1] :]):
+    second = _first_line(text.partition("\n")[2])
+    listed = "A" in begin and bool(re.match(rf"\(?{letters[1:2]}[.):]", second, re.I))  # the choices, not one of them
+    question = rest.startswith(":")  # `A: Let us see` may mean an answer
+    if begin and not listed and not question and not _DENIED.match(rest):
+        return begin
+    dotted = re.findall(rf"(?<![A-Za-z0-9.])([{letters}])\)?\.(?![A-Za-z]\b)", first)
+    if dotted and not begin and _alone(first, letters) == dotted[-1]:
+        return str(dotted[-1])
+    for said in _final(_BOX.sub(r"\1", text)):
+        if (group := _group(said, letters, said=True)) and not _DENIED.match(said[group[1] :]):
             return group[0]
     for part in (*filter(_STRONG.search, text.splitlines()), text):
         if found := _last_said(part, letters):
             return found
-    return bare[0] if bare and colon and not listed else _alone(text, letters)
+    return begin if question and not listed else _alone(text, letters)
 
 
 def read_choice(text: str, letters: str) -> str:
@@ -170,14 +172,14 @@ def _group(text: str, letters: str, *, said: bool = False, begins: bool = False)
 
 
 def _last_said(text: str, letters: str) -> str:
-    """The letters that the last statement names which names any."""
+    """The letters of the last statement in `text` that names some, else those that are called right."""
     groups = [(_group(rest, letters, said=True), rest) for rest in _said(text)]
     groups += [(_group(text[m.end() :], letters, said=True), text[m.end() :]) for m in _CONCLUDES.finditer(text)]
     named = [group[0] for group, rest in groups if group and not _DENIED.match(rest[group[1] :])]
-    if any(len(one) > 1 for one in named[-1:]):
+    if named:
         return named[-1]
     right = "".join(m[1] for m in _VERDICT.finditer(text) if not _negated(text, m.start()))
-    return named[-1] if named else "".join(sorted(set(re.findall(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", right))))
+    return "".join(sorted(set(re.findall(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", right))))
 
 
 def _negated(text: str, at: int) -> bool:
