@@ -15,12 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -152,7 +147,7 @@ class EngineLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to, and without, the first of the task's stop texts."""
         eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        asked, stops = [], []
+        asked = []
         for number, request in enumerate(requests):
             prompt, given = request.args
             settings: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
@@ -165,11 +160,9 @@ class EngineLM(TemplateLM):
             asked.append(
                 Request(ids, limit, self._sampling(settings, number), self._stop_ids, tuple(stop), self.choice)
             )  # fmt: skip
-            stops.append(stop)
         with _bar(len(asked), "answering with the engine", disable_tqdm) as progress:
             answers = self.engine.generate(asked, progress=progress)
-        texts = [self.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
-        return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
+        return [answer.text for answer in answers]
 
     def _sampling(self, settings: dict[str, Any], number: int) -> Sampling:
         sample = settings.pop("do_sample", False)

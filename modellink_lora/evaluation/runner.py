@@ -27,6 +27,7 @@ from modellink_lora.evaluation import chart, results, scoring
 from modellink_lora.evaluation.index import TASKS
 from modellink_lora.evaluation.item import Item, Options, Task
 from modellink_lora.evaluation.progress import Progress, Record, digest, fingerprint, key_of
+from modellink_lora.evaluation.reading import GRAMMAR
 from modellink_lora.inference.request import BASE, Sampling
 
 # So many questions of one subject are answered by every model and brought to the disk before the next: what a kill
@@ -206,6 +207,7 @@ class _Run:
             "add_eos_token": list(model.add_eos_token) if written else None,
             "max_new_tokens": self.writing.max_new_tokens if written else None,
             "sampling": dataclasses.asdict(self.writing.sampling) if written else None,
+            **({"grammar": GRAMMAR} if written else {}),
         }
 
     def _finish(self, records: Sequence[Record], say: Say, seconds: float) -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from modellink_lora.inference.api_request import Asked
 from modellink_lora.inference.request import Token
+from modellink_lora.inference.token_bytes import TokenBytes, shown
 
 
 class Writer:
     """The answer to one HTTP request; choices are numbered as its requests are.
 
     Args:
-        text_of: the text of one token id.
+        bytes_of: the bytes that a token of an answer stands for.
     """
 
-    def __init__(self, asked: Asked, text_of: Callable[[int], str]) -> None:
-        self._asked, self._text_of = asked, text_of
+    def __init__(self, asked: Asked, bytes_of: TokenBytes) -> None:
+        self._asked, self._bytes_of = asked, bytes_of
         self._id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._tokens: list[list[Token]] = [[] for _ in asked.requests]
@@ -43,7 +44,7 @@ class Writer:
             text = "".join(token.text for token in tokens)
             said = {"message": {"role": "assistant", "content": text}} if self._asked.chat else {"text": text}
             finish = tokens[-1].finish if tokens else None
-            choices.append(self._choice(index, said, self._logprobs(_inside(tokens), 0), finish))
+            choices.append(self._choice(index, said, self._logprobs(_inside(tokens), 0, first=True), finish))
         return {**self._head("chat.completion" if self._asked.chat else "text_completion"), "choices": choices,
                 "usage": self.usage()}  # fmt: skip
 
@@ -56,10 +57,10 @@ class Writer:
 
     def piece(self, index: int, token: Token) -> list[dict[str, Any]]:
         """The streamed objects for one more token."""
-        offset = sum(len(before.text) for before in self._tokens[index])
+        offset, first = sum(len(before.text) for before in self._tokens[index]), not self._tokens[index]
         self.add(index, token)
         said = {"delta": {"content": token.text}} if self._asked.chat else {"text": token.text}
-        logprobs = self._logprobs(_inside([token]), offset)
+        logprobs = self._logprobs(_inside([token]), offset, first=first)
         if not self._asked.chat:
             if not (token.text or logprobs or token.finish):
                 return []
@@ -88,29 +89,41 @@ class Writer:
     def _choice(self, index: int, said: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Token], offset: int, *, first: bool) -> dict[str, Any] | None:
+        """Log-probabilities of `tokens`, of which the first begins the answer if `first`."""
         if self._asked.top is None:
             return None
+        begins = [first and number == 0 for number in range(len(tokens))]
         if self._asked.chat:
-            return {"content": [self._chat_logprob(token) for token in tokens]}
-        offsets = []
+            return {"content": [self._chat_logprob(token, begin) for token, begin in zip(tokens, begins)]}
+        offsets, names = [], [self._names(token, begin) for token, begin in zip(tokens, begins)]
         for token in tokens:
             offsets.append(offset)
             offset += len(token.text)
         return {
-            "tokens": [self._text_of(token.id) for token in tokens],
+            "tokens": [name[token.id] for token, name in zip(tokens, names)],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{self._text_of(id): _finite(value) for id, value in token.top} for token in tokens],
+            "top_logprobs": [{n[id]: _finite(value) for id, value in token.top} for token, n in zip(tokens, names)],
             "text_offset": offsets,
         }
 
-    def _chat_logprob(self, token: Token) -> dict[str, Any]:
-        top = [self._likely(id, value) for id, value in token.top]
-        return {**self._likely(token.id, token.logprob), "top_logprobs": top}
+    def _names(self, token: Token, begins: bool) -> dict[int, str]:
+        """A text of its own for the chosen and each of the most likely tokens, which are the keys of an object."""
+        names: dict[int, str] = {}
+        for id in dict.fromkeys((token.id, *(id for id, _ in token.top))):
+            data = self._bytes_of(id, begins)
+            # as OpenAI writes tokens that are parts of characters; tokens with equal bytes need their number
+            name = data.decode() if _is_text(data) else f"bytes:{shown(data)}"
+            names[id] = f"token_id:{id}" if name in names.values() else name
+        return names
 
-    def _likely(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self._text_of(id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    def _chat_logprob(self, token: Token, begins: bool) -> dict[str, Any]:
+        top = [self._likely(id, value, begins) for id, value in token.top]
+        return {**self._likely(token.id, token.logprob, begins), "top_logprobs": top}
+
+    def _likely(self, id: int, logprob: float, begins: bool) -> dict[str, Any]:
+        data = self._bytes_of(id, begins)
+        return {"token": shown(data), "logprob": _finite(logprob), "bytes": list(data)}
 
 
 def _finite(logprob: float) -> float:
@@ -123,12 +136,9 @@ def _inside(tokens: Sequence[Token]) -> Sequence[Token]:
     return [token for token in tokens if token.counted]
 
 
-def token_text(tokenizer: Any) -> Callable[[int], str]:
-    """The text of a single token. SentencePiece drops the blank before a word that stands alone."""
-
-    def text_of(id: int) -> str:
-        text: str = tokenizer.decode([id])
-        piece = tokenizer.convert_ids_to_tokens(id)
-        return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
-
-    return text_of
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -7,7 +7,7 @@ the search stops when k are complete and no running beam, at its present length,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,15 @@ from torch import Tensor
 from modellink_lora.inference.request import GREEDY, Sampling
 from modellink_lora.inference.sampling import generator, shaped
 
+_NO_CHANCE = -1e8  # below it lie the totals of beams that only fill a place
+_FILLER = -1e9
+
 
 @dataclass(frozen=True)
 class _Complete:
     score: float  # total log-probability / tokens ** length_penalty
     tokens: list[int]  # without the one that ended it
-    ended: bool  # by a stop token
+    ended: bool  # by a stop token or a stop text
 
 
 class Beams:
@@ -32,17 +35,20 @@ class Beams:
         prompt: its tokens count as seen for the repetition penalty.
         sampling: at a temperature above 0 the continuations of each step are drawn, without replacement, instead of
             being the best; at 0 its repetition penalty counts.
+        ends: whether an answer with these tokens has come to a stop text.
     """
 
     def __init__(
         self, k: int, limit: int, *, prompt: Sequence[int], length_penalty: float = 1.0,
         stop_ids: frozenset[int] = frozenset(), sampling: Sampling = GREEDY,
+        ends: Callable[[Sequence[int]], bool] | None = None,
     ) -> None:  # fmt: skip
+        self._ends = ends or (lambda tokens: False)
         self._k, self._limit, self._prompt, self._penalty = k, limit, prompt, length_penalty
         self._stop_ids, self._draws = stop_ids, sampling.temperature > 0
         self._sampling = sampling if self._draws else Sampling(repetition_penalty=sampling.repetition_penalty)
         self.tokens: list[list[int]] = [[] for _ in range(k)]
-        self._totals = torch.tensor([0.0] + [-1e9] * (k - 1))  # all beams are the same at first: one of them counts
+        self._totals = torch.tensor([0.0] + [_FILLER] * (k - 1))  # all beams are the same at first: one of them counts
         self._complete: list[_Complete] = []
 
     def advance(self, logits: Tensor) -> list[int] | None:
@@ -67,20 +73,24 @@ class Beams:
         sources, running, running_totals = [], [], []
         for rank, (total, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
             beam, token = divmod(index, logits.shape[-1])
-            tokens, stopped = [*self.tokens[beam], token], token in self._stop_ids
+            tokens, hidden = [*self.tokens[beam], token], token in self._stop_ids
+            stopped = hidden or (total > _NO_CHANCE and self._ends(tokens))
             if stopped or length == self._limit:
-                if rank < self._k and total > -1e8:
+                if rank < self._k and total > _NO_CHANCE:
                     score = total / length**self._penalty
-                    self._complete.append(_Complete(score, tokens[:-1] if stopped else tokens, stopped))
+                    self._complete.append(_Complete(score, tokens[:-1] if hidden else tokens, stopped))
             else:
                 running.append(tokens)
                 sources.append(beam)
                 running_totals.append(total)
         self._complete = sorted(self._complete, key=lambda one: -one.score)[: self._k]
         best = sorted(range(len(running)), key=lambda i: -running_totals[i])[: self._k]
-        if length == self._limit or len(best) < self._k:
+        if length == self._limit or not best or running_totals[best[0]] <= _NO_CHANCE:
             return None
-        self.tokens, self._totals = [running[i] for i in best], torch.tensor([running_totals[i] for i in best])
+        filling = self._k - len(best)  # stop texts may end more beams than candidates were taken for
+        self._totals = torch.tensor([*(running_totals[i] for i in best), *[_FILLER] * filling])
+        best += best[:1] * filling
+        self.tokens = [running[i] for i in best]
         full = len(self._complete) == self._k
         if full and running_totals[best[0]] / length**self._penalty <= self._complete[-1].score:
             return None

@@ -33,7 +33,7 @@ from modellink_lora.inference.request import (
 )
 from modellink_lora.inference.rows import Prompt, Rows, Wanted
 from modellink_lora.inference.sampling import choose
-from modellink_lora.inference.text import TextStream
+from modellink_lora.inference.text import TextStream, holds_stop, visible_text
 
 _BEGINNING = 16  # tokens that prompts have in common where they are scored in one batch
 
@@ -226,7 +226,7 @@ class Engine:
                 finish = "length"
         if finish:
             if one.text and (finish == "length" or chosen in request.stop_ids):
-                text += one.text.end()
+                text += one.text.end(chosen if chosen in request.stop_ids else None)
             self._release(one)
         return Token(chosen, text, float(logprobs[chosen]), top, finish, counted=chosen not in request.stop_ids)
 
@@ -245,10 +245,12 @@ class Engine:
 
     def beam_search(
         self, ids: Sequence[int], max_new_tokens: int, *, num_beams: int = 2, length_penalty: float = 1.0,
-        sampling: Sampling = GREEDY, stop_ids: frozenset[int] = frozenset(), choice: Choice = PLAIN,
-        num_return: int = 1,
+        sampling: Sampling = GREEDY, stop_ids: frozenset[int] = frozenset(), stop: Sequence[str] = (),
+        choice: Choice = PLAIN, num_return: int = 1,
     ) -> list[Completion]:  # fmt: skip
         """The best answers of a beam search (beam.py), best first; at a temperature above 0 each step is drawn.
+
+        A beam whose text has come to one of `stop` is complete, with the tokens of the stop text in `ids`.
 
         Raises NotFinite where a beam's logits are not finite: which beams are best is then unknown.
         """
@@ -262,7 +264,10 @@ class Engine:
 
         self.check(Request(tuple(ids), max_new_tokens, choice=choice))
         limit = min(max_new_tokens, self.max_length - len(ids))
-        beams = Beams(num_beams, limit, prompt=ids, length_penalty=length_penalty, stop_ids=stop_ids, sampling=sampling)
+        beams = Beams(
+            num_beams, limit, prompt=ids, length_penalty=length_penalty, stop_ids=stop_ids, sampling=sampling,
+            ends=(lambda tokens: holds_stop(self.tokenizer, tokens, stop)) if stop else None,
+        )  # fmt: skip
         self._rows.reserve(num_beams, len(ids) + limit)
         row = self._rows.best(ids, choice)
         logits = finite(self._rows.compute([(row, ids)], choice, [(row, len(ids) - 1, None)]))
@@ -275,7 +280,7 @@ class Engine:
             wanted: list[Wanted] = [(row, len(all_) - 1, None) for row, all_ in rows]
             sources = beams.advance(finite(self._rows.compute(rows, choice, wanted)))
         return [
-            Completion(list(found), self.tokenizer.decode(found, skip_special_tokens=True) if self.tokenizer else "",
+            Completion(list(found), visible_text(self.tokenizer, found, stop) if self.tokenizer else "",
                        "stop" if ended else "length", [], score)
             for score, found, ended in beams.best(num_return)
         ]  # fmt: skip

@@ -17,11 +17,12 @@ from modellink_lora.config.document import parse_document, to_json
 from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.infer import InferConfig
 from modellink_lora.inference.access import check_key
-from modellink_lora.inference.api_answer import Writer, token_text
+from modellink_lora.inference.api_answer import Writer
 from modellink_lora.inference.api_error import ApiError
 from modellink_lora.inference.api_request import Asked, Reader, short
 from modellink_lora.inference.listening import SPARE_CONNECTIONS, Limits, Listening, address_of, is_loopback
 from modellink_lora.inference.request import Token
+from modellink_lora.inference.token_bytes import TokenBytes, token_bytes
 from modellink_lora.inference.worker import Busy, Ended, NoAnswer, Worker
 
 _LONGEST = 200  # characters of a path in the log
@@ -41,7 +42,7 @@ def serve(
     """Serve until `stopping`. Errors of the engine are raised after every client has been told."""
     worker = Worker(engine, most=most_running + config.max_waiting)
     reader = Reader(config, engine, prompter, seed=seed)
-    application = make_application(config, reader, worker, token_text(engine.tokenizer), say)
+    application = make_application(config, reader, worker, token_bytes(engine.tokenizer), say)
     limits = Limits(connections=config.max_waiting + SPARE_CONNECTIONS)
     with Listening(application, listener, limits) as listening:
         say(f"serving {', '.join(reader.models)} at {address_of(listener)}/v1; Ctrl-C ends")
@@ -52,7 +53,7 @@ def serve(
 
 
 def make_application(
-    config: InferConfig, reader: Reader, worker: Worker, text_of: Callable[[int], str], say: Callable[[str], None]
+    config: InferConfig, reader: Reader, worker: Worker, bytes_of: TokenBytes, say: Callable[[str], None]
 ) -> Any:
     """The ASGI application."""
     from fastapi import FastAPI, Request
@@ -95,7 +96,7 @@ def make_application(
         asked = await asyncio.get_running_loop().run_in_executor(
             reading, lambda: reader.read(parse(content), chat=chat)
         )
-        writer = Writer(asked, text_of)
+        writer = Writer(asked, bytes_of)
         request.state.writer = writer
         tokens = ask(worker, asked, config.adapter_scale, say)
         if asked.stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,10 @@ def _beams(requests: Sequence[Request], config: InferConfig, engine: Any, bar: A
         try:
             (best,) = engine.beam_search(
                 request.ids, request.max_new_tokens, num_beams=config.num_beams, length_penalty=config.length_penalty,
-                sampling=request.sampling, stop_ids=request.stop_ids, choice=request.choice,
+                sampling=request.sampling, stop_ids=request.stop_ids, stop=request.stop, choice=request.choice,
             )  # fmt: skip
         except NotFinite as error:
             raise NotFinite(error.what, prompt=f"prompt {number + 1}", index=number) from None
-        answers.append(_cut(best, config.stop))
+        answers.append(best)
         bar.update(1)
     return answers
-
-
-def _cut(answer: Completion, stop: Sequence[str]) -> Completion:
-    """The text up to the first of `stop`: a beam is compared as tokens, and its text is known when it is complete."""
-    found = [at for text in stop if (at := answer.text.find(text)) >= 0]
-    return replace(answer, text=answer.text[: min(found)], finish="stop") if found else answer

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from modellink_lora.inference.request import BASE, Choice, Request, Sampling
 from tests.helpers.conversion import convert
@@ -99,6 +100,19 @@ def test_beam_search_equals_transformers(
     found = ask(models, layout, "beams", arguments=asked)
     assert [beam[0][1] for beam in found] == expected
     assert len({len(ids) for ids in expected}) > 1
+
+
+def test_beams_end_at_a_stop_text_where_those_of_transformers_do(models: Path) -> None:
+    model, tokenizer = reference(models / "hf", models / "lora"), AutoTokenizer.from_pretrained(models / "hf")
+    settings = {"num_beams": 3, "length_penalty": 2.0}
+    usual = reference_answers(model, PROMPTS[:4], 7, **settings)
+    # letters that come up end some beams and let others go on; the special token ends none
+    letters = {chr(token) for ids in usual for token in ids[2:4] if 32 < token < 127}
+    stop = [*sorted(letters), "<s>"]
+    expected = reference_answers(model, PROMPTS[:4], 7, stop_strings=stop, tokenizer=tokenizer, **settings)
+    asked = {"prompts": PROMPTS[:4], "max_new_tokens": 7, "stop_ids": STOPS, "stop": stop, "choice": TUNED, **settings}
+    found = ask(models, "tp1", "beams", arguments=asked)
+    assert [beam[0][1] for beam in found] == expected and expected != usual
 
 
 def test_sampling_is_the_same_at_every_layout_and_in_every_batch(models: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from modellink_lora.evaluation.reading import GRAMMAR
 from tests.helpers.evaluation import evaluate_here, scores_by_transformers, strong_adapter
 from tests.helpers.shared import shared
 from tests.helpers.spawn import run
@@ -154,6 +155,9 @@ def test_tasks_that_write_their_answers_run_beside_those_that_score(exam: dict[s
     for task in ("gsm8k", "agieval"):
         (item,) = items(tmp_path / "out", task)
         assert item["models"]["tuned"]["text"] and "scores" not in item["models"]["tuned"]
+    # an evaluation whose answers were read by other rules is not continued; scores have nothing to do with them
+    settings = {task: json.loads((tmp_path / "out" / task / "settings.json").read_text()) for task in tasks}
+    assert [settings[task].get("grammar") for task in tasks] == [GRAMMAR, None, GRAMMAR]
 
 
 def test_a_prompt_in_a_template_is_scored_on_the_letter_itself(exam: dict[str, Path], tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def served(*, limits: Limits | None = None, engine: Any = None, **flags: Any) ->
     """A server on a port of 127.0.0.1, with these flags of inference.py."""
     config, engine, log = InferConfig(**flags), engine or Letters(), []  # type: ignore[var-annotated]
     worker, stopping = Worker(engine, most=config.max_waiting), threading.Event()
-    application = make_application(config, Reader(config, engine, engine, seed=1), worker, chr, log.append)
+    reader = Reader(config, engine, engine, seed=1)
+    application = make_application(config, reader, worker, lambda id, begins: chr(id).encode(), log.append)
     computing = threading.Thread(target=worker.run, args=(stopping.is_set,), kwargs={"closing": lambda: None})
     with open_socket("127.0.0.1", 0) as listener, Listening(application, listener, limits or Limits()):
         listener.setsockopt(

@@ -76,3 +76,28 @@ def make_spaced_tokenizer(folder: Path, *, everywhere: bool) -> Path:
     )  # fmt: skip
     fast.save_pretrained(folder)
     return Path(folder)
+
+
+def make_byte_fallback_tokenizer(folder: Path, *, special: Sequence[str] = CHATML) -> Path:
+    """Save in `folder` a tokenizer as Llama 2's, of letters: other characters are bytes such as `<0xE2>`.
+
+    Ids 0-2 are <unk>, <s>, </s>, then `special`, the 256 bytes, the blank `▁` and the letters, alone and after a blank.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.|<>_\n"
+    pieces = ["<unk>", "<s>", "</s>", *special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters]
+    vocab = {piece: number for number, piece in enumerate([*pieces, *(f"▁{letter}" for letter in letters)])}
+    merges = [("▁", letter) for letter in letters]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens=list(special),
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    return Path(folder)

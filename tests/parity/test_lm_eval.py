@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from modellink_lora.inference.request import BASE, Choice, Completion, Request
+from modellink_lora.inference.text import visible_text
 from tests.helpers.conversion import convert
 from tests.helpers.engine import peft_adapter
 from tests.helpers.jobs import Job
@@ -89,6 +94,21 @@ def test_chat_templates_give_the_prompts_of_the_hf_backend(models: Path) -> None
             "names": ["local_choices", "local_answers"]}  # fmt: skip
     expected = of_transformers(models / "merged/mg2hg", models / "tasks", **chat)
     assert_equal(of_our_engine(models, "tuned", **chat), expected)
+
+
+def test_an_answer_ends_at_a_special_token_of_until(tmp_path: Path) -> None:
+    from modellink_lora.evaluation.harness import EngineLM
+
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path))
+    ids = tokenizer.encode("Hi there<|im_end|>tail")
+
+    def generate(requests: Sequence[Request], **_: Any) -> list[Completion]:
+        return [Completion(ids, visible_text(tokenizer, ids, request.stop)) for request in requests]
+
+    prompter = SimpleNamespace(tokenizer=tokenizer, stop_ids=frozenset({2}))
+    served: Any = SimpleNamespace(engine=SimpleNamespace(generate=generate, max_length=99), about={}, prompter=prompter)
+    asked = SimpleNamespace(args=("x", {"until": ["Question:", "<|im_end|>"], "max_gen_toks": 9}))
+    assert EngineLM(served, Choice(BASE)).generate_until([asked], disable_tqdm=True) == ["Hi there"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,15 @@ from typing import Any
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.files import Row, find_files, json_rows, read_text
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
+from modellink_lora.evaluation.reading import (
+    as_number,
+    bare_phrase,
+    read_choice,
+    read_choices,
+    read_number,
+    read_phrase,
+    same_phrase,
+)
 
 DEFAULT_SHOTS = 5
 _LETTERS = "ABCDEFG"
@@ -117,17 +126,14 @@ def _dictionary(cell: str, path: Path) -> dict[str, Any]:
 
 
 def read(item: Item, text: str) -> str:
-    """The letters of the first line, those in brackets first; of a question without choices, the first line."""
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if not re.fullmatch(r"[A-G]+", item.answer):
-        return line.removesuffix(".").replace("$", "").strip()
-    bracketed = re.findall(r"\(([A-G])\)", line)
-    found = bracketed or re.findall(r"(?<![A-Za-z])([A-G])(?![a-z])", line)
-    return "".join(found[:1]) if item.choices else "".join(sorted(set(found)))
+    """The letter, or the letters where several can be right; of a question without choices, a number or a text."""
+    if re.fullmatch(r"[A-G]+", item.answer):
+        return read_choice(text, "".join(item.choices)) if item.choices else read_choices(text, _LETTERS)
+    return (read_number(text) if as_number(item.answer) else "") or read_phrase(text)
 
 
 def _equal(prediction: str, item: Item) -> bool:
-    return prediction == item.answer.replace("$", "").strip()
+    return same_phrase(prediction, bare_phrase(item.answer))
 
 
 TASK = Task("agieval", "AGIEval", items, read, judge=_equal, stop=("\n\nQ:", "\n\n问题"))

@@ -8,6 +8,15 @@ from pathlib import Path
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.files import Row, find_files, json_file, read_text
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
+from modellink_lora.evaluation.reading import (
+    as_number,
+    bare_phrase,
+    read_choice,
+    read_number,
+    read_phrase,
+    read_word,
+    same_phrase,
+)
 
 
 def items(folder: Path, options: Options) -> list[Item]:
@@ -25,7 +34,9 @@ def items(folder: Path, options: Options) -> list[Item]:
                 question, answer = row.text("input"), row.text("target")
             except UserError:
                 raise UserError(f"{file}: example {number} lacks the text of its input or target") from None
-            found.append(Item(subject, number, _prompt(introduction, shots, question, options.chat), plain(answer)))
+            found.append(
+                Item(subject, number, _prompt(introduction, shots, question, options.chat), bare_phrase(answer))
+            )
     return found
 
 
@@ -71,24 +82,30 @@ def _prompt(introduction: str, shots: list[tuple[str, str]], question: str, chat
     return "\n\n".join([*filter(None, [introduction]), *worked, asked[-1]])
 
 
-_SAID = re.compile(r"the answer is\s*(.*)", re.IGNORECASE)
+_WORDS = ({"yes": "yes", "no": "no"}, {"true": "true", "false": "false"}, {"valid": "valid", "invalid": "invalid"})
+_LETTERS = "ABCDEFGHIJKLMNOPQR"
 
 
 def read(item: Item, text: str) -> str:
-    """What follows the first `the answer is` on its line, else the first line that is not empty."""
-    found = _SAID.search(text)
-    line = found[1] if found else next((line for line in text.splitlines() if line.strip()), "")
-    return plain(line)
+    """A letter, a number, one of two words, or a text, as the right answer is one; else what is said, as it is."""
+    answer, found = item.answer.lower(), ""
+    if re.fullmatch("[a-r]", answer):
+        found = read_choice(text, _letters(item) or _LETTERS)
+    elif as_number(answer):
+        found = read_number(text)
+    elif words := next((words for words in _WORDS if answer in words), None):
+        found = read_word(text, words)
+    return found or read_phrase(text)
 
 
-def plain(text: str) -> str:
-    """An answer without the marks people put around it: `(A).`, `**A**` and `A` are one."""
-    text = text.strip().strip("*\"'` ").removesuffix(".").strip()
-    return text[1:-1] if re.fullmatch(r"\([A-Za-z]\)", text) else text
+def _letters(item: Item) -> str:
+    """The letters of the question's choices, of which each begins a line, `(A) ..`."""
+    asked = item.prompt if isinstance(item.prompt, str) else item.prompt[-1].content
+    return "".join(sorted(set(re.findall(r"^\(([A-R])\)", asked.rpartition("Q: ")[2], re.MULTILINE))))
 
 
 def _equal(prediction: str, item: Item) -> bool:
-    return prediction.lower() == item.answer.lower()
+    return same_phrase(prediction, item.answer)
 
 
 TASK = Task("bbh", "bbh", items, read, judge=_equal, stop=("\n\nQ:", "\nQ:"), max_new_tokens=512)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from modellink_lora.evaluation.files import Row, json_rows, split_files, train_shots
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
+from modellink_lora.evaluation.reading import YES_NO, read_word
 
 _CHOICES = {"Yes": " Yes", "No": " No"}
 _CHAT_CHOICES = {"Yes": "Yes", "No": "No"}
@@ -40,13 +40,8 @@ def _prompt(row: Row, shots: list[Row], chat: bool) -> Prompt:
     return "\n\n".join([*(f"{_asked(shot)} {_answer(shot)}" for shot in shots), _asked(row)])
 
 
-_SAID = re.compile(r"\W*(yes|no|true|false)\b", re.IGNORECASE)
-
-
 def read(item: Item, text: str) -> str:
-    """Yes or No, if the answer begins with it, or with true or false."""
-    found = _SAID.match(text)
-    return "" if found is None else "Yes" if found[1].lower() in ("yes", "true") else "No"
+    return read_word(text, YES_NO)
 
 
 TASK = Task("boolq", "boolq", items, read)

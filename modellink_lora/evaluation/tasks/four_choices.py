@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.files import Row, csv_rows, find_files, first_shots
 from modellink_lora.evaluation.item import Item, Options, Prompt, conversation
+from modellink_lora.evaluation.reading import read_choice
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *(letter.lower() for letter in LETTERS), "answer")
@@ -155,12 +155,5 @@ def _chat(name: str, shots: Sequence[Row], row: Row, wording: Wording) -> Prompt
     return conversation([(text, _letter(shot)) for text, shot in zip(asked, shots)], asked[-1])
 
 
-_LETTER_BEFORE_A_DOT = re.compile(r".*([ABCD])\.")
-
-
 def read_letter(item: Item, text: str) -> str:
-    """The letter in front of the last full stop that follows one in the first line, else the letter it begins with."""
-    text = text.lstrip()
-    found = _LETTER_BEFORE_A_DOT.match(text)
-    letter = found[1] if found else text[:1]
-    return letter if letter in item.choices else ""
+    return read_choice(text, "".join(item.choices))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modellink_lora.evaluation.files import Row, json_rows, split_files, train_shots
 from modellink_lora.evaluation.item import Item, Options, Prompt, Task, conversation
+from modellink_lora.evaluation.reading import as_number, read_number
 
 DEFAULT_SHOTS = 5
 _SAYS = "The answer is"
@@ -49,25 +50,8 @@ def _prompt(row: Row, shots: list[Row], chat: bool) -> Prompt:
     return "\n\n".join([*(f"{_asked(shot)} {_worked(shot)}" for shot in shots), _asked(row)])
 
 
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
-_SAID = re.compile(rf"(?:{_SAYS}|####)\D{{0,12}}?({_NUMBER})", re.IGNORECASE)
-
-
 def read(item: Item, text: str) -> str:
-    """The number behind the first `The answer is` or `####`, else the last number there is."""
-    found = _SAID.search(text)
-    last = re.findall(_NUMBER, text)
-    return as_number(found[1]) if found else as_number(last[-1]) if last else ""
-
-
-def as_number(text: str) -> str:
-    """A number in one spelling, without currency, thousands and trailing zeros; "" for what is none."""
-    plain = text.strip().replace(",", "").replace("$", "")
-    if not re.fullmatch(r"-?\d+(\.\d+)?", plain):
-        return ""
-    whole, _, part = plain.partition(".")
-    part = part.rstrip("0")
-    return f"{int(whole)}.{part}" if part else str(int(whole))
+    return read_number(text)
 
 
 TASK = Task("gsm8k", "gsm8k", items, read, stop=("\n\nQuestion:", "\nQuestion:"), max_new_tokens=512)

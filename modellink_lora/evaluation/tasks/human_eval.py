@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.evaluation.files import json_rows, split_files
 from modellink_lora.evaluation.item import Item, Options, Task, conversation
+from modellink_lora.evaluation.markup import without_reasoning
 from modellink_lora.evaluation.sandbox import passes
 
 _CHAT_QUESTION = "Complete this Python function. Answer with the whole function in one code block.\n\n{prompt}"
@@ -29,20 +33,52 @@ def items(folder: Path, options: Options) -> list[Item]:
     return found
 
 
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
 # what a base model writes after the function's end, besides the next function
-_BEHIND = re.compile(r"\n(?:def |class |if |print\(|#|@|assert |```)")
+_AFTER = re.compile(r"\n(?:def |class |if |print\(|#|@|assert |```)")
+_CODE = re.compile(r"^(?:async def|class|def|from [\w.]+ import|import|@)\b", re.MULTILINE)
 
 
 def read(item: Item, text: str) -> str:
-    """The whole function: a code block that defines it, or the prompt continued by the answer up to the next thing."""
+    """The whole program: a code block that defines the function, or the prompt continued by the answer.
+
+    Of the ways in which an answer can be meant the first that is Python counts, by its syntax alone.
+    """
     parts = json.loads(item.answer)
-    block = _BLOCK.search(text)
-    code = block[1] if block else text
-    if re.search(rf"^def {re.escape(parts['entry_point'])}\b", code, re.MULTILINE):
-        head = parts["prompt"].split(f"def {parts['entry_point']}")[0]  # imports and helpers the function may use
-        return f"{head}\n{code}"
-    return parts["prompt"] + _BEHIND.split(code, maxsplit=1)[0]
+    ways = list(_programs(without_reasoning(text).replace("\r\n", "\n"), parts["prompt"], parts["entry_point"]))
+    return next(filter(_is_python, ways), ways[0])
+
+
+def _programs(text: str, prompt: str, name: str) -> Iterator[str]:
+    """The programs that `text` can be meant to be, at least one."""
+    defines = re.compile(rf"^(?:async )?def {re.escape(name)}\b", re.MULTILINE)
+    head = prompt.split(f"def {name}")[0]  # imports and helpers the function may use
+    blocks = [found[2].rstrip("\n") for found in _BLOCK.finditer(text)]
+    whole = [code for code in (*map(textwrap.dedent, blocks), text) if defines.search(code)]
+    for code in whole:
+        yield f"{head}\n{code}"
+        lines = code[found.start() :].splitlines() if (found := _CODE.search(code)) else []  # prose before it
+        for end in range(len(lines), 0, -1):  # and after it
+            if end == len(lines) or not lines[end][:1].isspace():
+                yield f"{head}\n" + "\n".join(lines[:end])
+    if whole:
+        return
+    code = blocks[0] if blocks else text
+    if code.strip() and not code.lstrip("\n")[0].isspace():
+        yield prompt + textwrap.indent(code, "    ")  # a body that lost its indentation
+    body = _AFTER.split(code, maxsplit=1)[0]
+    yield prompt + body
+    yield f"{prompt} {body}"  # SentencePiece drops the first blank of an answer
+
+
+def _is_python(program: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in what a model wrote
+            compile(program, "answer", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def judge(prediction: str, item: Item) -> bool:

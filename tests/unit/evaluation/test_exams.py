@@ -147,7 +147,7 @@ def test_a_folder_without_files_and_a_header_without_columns_are_errors(exam: Pa
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [(" B", "B"), ("\nC. because", "C"), ("The answer is D.", "D"), ("Dogs", "D"), ("no idea", ""), ("", "")],
+    [(" B", "B"), ("\nC. because", "C"), ("The answer is D.", "D"), ("Dogs", ""), ("no idea", ""), ("", "")],
 )
 def test_the_letter_of_a_written_answer(exam: Path, text: str, letter: str) -> None:
     item = items("mmlu", exam, num_shots=0)[0]

@@ -125,7 +125,7 @@ TOKENS = [Token(97, "a", -0.1, ((97, -0.1), (98, -2.0))), Token(98, "", -0.2, ((
 
 
 def test_log_probabilities_have_the_shape_of_each_api_and_leave_the_stop_token_out() -> None:
-    writer = Writer(read({"prompt": "a", "logprobs": 2}), chr)
+    writer = Writer(read({"prompt": "a", "logprobs": 2}), lambda id, begins: chr(id).encode())
     for token in TOKENS:
         writer.add(0, token)
     choice = writer.whole()["choices"][0]
@@ -136,7 +136,7 @@ def test_log_probabilities_have_the_shape_of_each_api_and_leave_the_stop_token_o
     }  # fmt: skip
     assert writer.usage() == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
     body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2}
-    writer = Writer(read(body, chat=True), chr)
+    writer = Writer(read(body, chat=True), lambda id, begins: chr(id).encode())
     chunks = [*writer.opening(), *(chunk for token in TOKENS for chunk in writer.piece(0, token))]
     likely = [row for chunk in chunks for row in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert [row["token"] for row in likely] == ["a", "b", "c"] and likely[0]["bytes"] == [97]

@@ -64,12 +64,13 @@ def test_greedy_takes_the_penalty_alone_and_sampling_all_flags_with_a_seed_for_e
     assert run(base := Echo(), ["x"], task=("greedy",)) and base.requests[0].choice.adapter == "base"
 
 
-def test_beams_run_prompt_by_prompt_and_end_at_a_stop_text() -> None:
+def test_beams_run_prompt_by_prompt_and_know_the_stop_texts() -> None:
     engine = Echo()
-    said = run(engine, ["x END y", "z"], task=("beam_search", "beam_search_with_sampling"), num_beams=3, stop=("END",))
+    said = run(engine, ["x", "z"], task=("beam_search", "beam_search_with_sampling"), num_beams=3, stop=("END",))
     assert [settings["num_beams"] for settings in engine.beams] == [3] * 4
     assert [settings["sampling"].temperature > 0 for settings in engine.beams] == [False, False, True, True]
-    assert said.count("ModelLink:\nx \n") == 2 and said.count("ModelLink:\nz\n") == 2
+    assert all(settings["stop"] == ("END",) for settings in engine.beams)
+    assert said.count("ModelLink:\nx\n") == 2 and said.count("ModelLink:\nz\n") == 2
 
 
 def test_a_batch_is_a_line_for_each_task_and_prompt_and_nothing_is_printed_twice(tmp_path: Path) -> None:
