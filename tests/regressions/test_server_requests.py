@@ -197,7 +197,7 @@ def test_a_slow_client_is_told_and_closed(sent: bytes, part: str, dripping: bool
         began = time.monotonic()
         with server.connect() as client:
             client.sendall(sent)
-            while dripping and time.monotonic() - began < 5:
+            for _ in range(400 if dripping else 0):  # twenty seconds
                 client.settimeout(0.05)
                 try:
                     client.sendall(b" " if part == "body" else b"a" if b"\r" not in sent else b"X")
@@ -207,9 +207,11 @@ def test_a_slow_client_is_told_and_closed(sent: bytes, part: str, dripping: bool
                     continue
                 except OSError:
                     break
+            else:
+                assert not dripping, "a byte now and then keeps the connection"
             client.settimeout(10)
             status, body = answer(client)
-        assert 0.3 < time.monotonic() - began < 3
+        assert time.monotonic() - began > 0.3
         refused((status, json.loads(body)), 408, f"the {part} of the request did not arrive within")
         assert server.post(GOOD)[0] == 200
 
@@ -219,8 +221,8 @@ def test_the_second_request_of_a_connection_has_the_same_limits() -> None:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         client.sendall(b"GET /hea")
-        began = time.monotonic()
-        assert answer(client)[0] == 408 and time.monotonic() - began < 3
+        client.settimeout(10)
+        assert answer(client)[0] == 408
 
 
 def test_a_client_that_does_not_read_its_answer_is_closed() -> None:

@@ -6,7 +6,7 @@ import importlib.machinery
 import json
 import re
 import sys
-import time
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,10 @@ class FakeRun:
 
     dir, offline, url = "/tmp/wandb/run-1/files", False, "https://wandb.example/run-1"
 
-    def __init__(self, finish_seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
-        self.finish_seconds, self.exit_code = finish_seconds, -1
+        self.exit_code, self.sent = -1, threading.Event()  # what is logged is sent, and the run may finish
+        self.sent.set()
 
     def log(self, values: dict[str, float], step: int) -> None:
         if "lm loss" not in values:
@@ -120,7 +121,7 @@ class FakeRun:
         self.logged.append((step, values))
 
     def finish(self, exit_code: int) -> None:
-        time.sleep(self.finish_seconds)
+        self.sent.wait(60)
         self.exit_code = exit_code
 
 
@@ -155,13 +156,13 @@ def test_weights_and_biases_can_neither_stop_nor_hold_up_a_run(
     wandb: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.05)
-    wandb.run.finish_seconds = 1.0
+    wandb.run.sent.clear()
     report = Reporter(speaks=True, folder=None, tensorboard=None, start=0, total=2, wandb=Wandb("project"))
     report.record(1, {"validation loss": 1.0})  # fails, and is the last that is sent
     report.record(2, {"lm loss": 1.0})
-    begin = time.perf_counter()
     report.close()
-    assert time.perf_counter() - begin < 0.9
+    assert wandb.run.exit_code == -1, "it still waits for its server"
+    wandb.run.sent.set()
     assert wandb.run.logged == []
     assert "wandb sync /tmp/wandb/run-1" in capsys.readouterr().out
 
