@@ -12,6 +12,7 @@ import numpy
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.corpus import InstructionCorpus
+from modellink_lora.data.encode import IGNORED
 
 
 def split_bounds(split: str, total: int) -> list[range]:
@@ -82,3 +83,7 @@ class SftDataset:
     def cut(self) -> int:
         """How many of the samples are longer than `seq_length` and lose their end."""
         return int((self._corpus.lengths[numpy.asarray(self._indices, dtype=numpy.int64)] > self._seq_length).sum())
+
+    def trains(self) -> bool:
+        """Whether some sample holds a trained token within `seq_length`; looks as far as the first one."""
+        return any((self[index][1][1:] != IGNORED).any() for index in range(len(self)))
