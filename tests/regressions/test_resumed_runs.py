@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,8 @@ from modellink_lora.checkpoint.earlier import set_aside, set_later_aside
 from modellink_lora.checkpoint.store import TRACKER, read_tracker, write_tracker
 from modellink_lora.config.errors import UserError
 from modellink_lora.training.agreement import Terms, compare
+from tests.helpers.fleet import PRODUCT, flags, make_source, saved
+from tests.helpers.jobs import TORCHRUN, Job, kill
 from tests.helpers.small_adapter import resume_lines, write_checkpoint
 from tests.helpers.spawn import run
 from tests.helpers.tiny import tiny_model
@@ -138,7 +141,7 @@ def first(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save
 
 
-@pytest.mark.parametrize("batch", [2, 3, 8])
+@pytest.mark.parametrize("batch", [3, 8])
 def test_another_batch_goes_on_by_consumed_samples(batch: int, base: Path, first: Path, tmp_path: Path) -> None:
     """Each sample comes once an epoch, also where the end of an epoch is none of a batch; the decay ends at the end."""
     before = json.loads((first.parent / "samples").read_text())
@@ -219,11 +222,12 @@ def test_a_step_without_a_trained_token_changes_nothing_and_is_passed(world: int
                 ids, labels = (part.tolist() for part in source[number])
                 if number not in without:
                     writer.add(ids, [1] * len(ids), [-100] * len(ids) if number in silent else labels)
-    flags: dict[str, Any] = {"global_batch_size": world, "world": world, "weight_decay": 0.1, "min_lr": 1e-2}
+    settings: dict[str, Any] = {"global_batch_size": world, "world": world, "weight_decay": 0.1, "min_lr": 1e-2}
+    overlap = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather") if world > 1 else ()
+    settings |= dict.fromkeys(overlap, True)
     for name, steps in (("mixed", 6 // world), ("spoken", 6 // world - 1)):
         data = {"data_path": (str(tmp_path / name),), "shuffle": False}
-        flags["data"] = data
-        lines, _ = tune(base, tmp_path / f"{name}-run", **{**flags, "train_iters": steps})
+        lines, _ = tune(base, tmp_path / f"{name}-run", data=data, **settings, train_iters=steps)
         assert not any(line.startswith("error") for line in lines)
     for name, tensor in adapter_tensors(tmp_path / "spoken-run").items():
         assert torch.equal(adapter_tensors(tmp_path / "mixed-run")[name], tensor)
@@ -233,11 +237,11 @@ def test_a_step_without_a_trained_token_changes_nothing_and_is_passed(world: int
 
 
 def test_a_restarted_job_goes_on_from_what_it_has_saved_itself(base: Path, first: Path, tmp_path: Path) -> None:
-    for name, flags in (("new", {}), ("loaded", {"lora_load": str(first), "finetune": True}),
+    for name, given in (("new", {}), ("loaded", {"lora_load": str(first), "finetune": True}),
                         ("resumed", {"lora_load": str(first), "no_load_optim": True})):  # fmt: skip
         save = tmp_path / name
-        tune(base, save, exit_interval=4, **flags)
-        lines, _ = tune(base, save, attempt=1, **flags)
+        tune(base, save, exit_interval=4, **given)
+        lines, _ = tune(base, save, attempt=1, **given)
         assert re.match(r"restarted by the launcher \(1\)", lines[0]) and lines[1].startswith("resuming at iteration 4")
         assert record(save, 6)["iteration"] == 6 and not list(save.glob("earlier-*"))
     document = json.loads((save / "run.json").read_text())
@@ -246,6 +250,21 @@ def test_a_restarted_job_goes_on_from_what_it_has_saved_itself(base: Path, first
     (save / "run.json").write_text(json.dumps(document))
     lines, _ = tune(base, save, attempt=1)  # the first attempt died before it had looked at the folder
     assert "holds another run" in lines[0] and (save / "earlier-1/iter_0000006").is_dir()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_job_where_it_was(tmp_path: Path) -> None:
+    """Two processes of which one is killed; before, the second attempt wrote over what the first had saved."""
+    source, save = make_source(tmp_path), tmp_path / "run"
+    words = flags(source, save, **{"train-iters": 400})
+    with Job(PRODUCT, *words, log=tmp_path / "log", launcher=(*TORCHRUN, "--max-restarts", "1")) as job:
+        job.until(lambda: saved(save) >= 6, seconds=240)
+        kill(job.workers()[-1], signal.SIGKILL)
+        job.until(lambda: "resuming at iteration" in job.text and "training ..." in job.text.rpartition("resuming")[2])
+        again = int(re.findall(r"resuming at iteration (\d+)", job.text)[0])
+        assert again >= 6 and "restarted by the launcher (1)" in job.text
+        job.until(lambda: saved(save) > again)
+    assert not list(save.glob("earlier-*"))
 
 
 def test_a_new_run_keeps_the_checkpoints_of_another_apart(base: Path, first: Path, tmp_path: Path) -> None:
