@@ -62,7 +62,7 @@ class Launch:
             master_port=port,
             device=device,
             mindspeed=mindspeed,
-            attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            attempt=str(_number(environment, "TORCHELASTIC_RESTART_COUNT", 0)),
             has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None, *, pretrain: bool = False) -> int:
             device=device,
             torch_device=here,
             stop=stop,
+            attempt=int(launch.attempt),
         )
     return 0
 

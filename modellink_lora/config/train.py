@@ -71,7 +71,7 @@ class TrainConfig:
     save_best: bool = flag(False, "save after every validation that is the best so far")
     async_save: bool = flag(False, "write checkpoints in the background while training goes on")
     finetune: bool = flag(False, "start at iteration 0 with fresh optimizer and schedule")
-    no_load_optim: bool = flag(False, "do not load optimizer state")
+    no_load_optim: bool = flag(False, "resume with fresh moments, step count and loss scale of the optimizer")
     use_mcore_models: bool | None = flag(None, "the base is in mcore spelling; detected when absent")
 
     micro_batch_size: int = flag(1, "samples a process handles at once", at_least=1)

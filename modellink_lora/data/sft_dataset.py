@@ -80,6 +80,10 @@ class SftDataset:
         input_ids, labels = self._corpus[int(self._indices[index])]
         return input_ids[: self._seq_length], labels[: self._seq_length]
 
+    def trains(self) -> bool:
+        """Whether some sample holds a trained token within `seq_length`; looks as far as the first one."""
+        return any((self[index][1][1:] != IGNORED).any() for index in range(len(self)))
+
     def cut(self) -> int:
         """How many of the samples are longer than `seq_length` and lose their end."""
         return int((self._corpus.lengths[numpy.asarray(self._indices, dtype=numpy.int64)] > self._seq_length).sum())

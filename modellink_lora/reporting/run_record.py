@@ -48,7 +48,7 @@ def run_facts(
 
     processes: list[Any] = [None] * context.world_size
     place = {"tp": context.tp_rank, "pp": context.pp_rank, "dp": context.dp_rank}
-    dist.all_gather_object(processes, {"host": socket.gethostname(), **place})
+    dist.all_gather_object(processes, {"host": socket.gethostname(), **place, "launcher": launcher()})
     return {
         "command": shlex.join(psutil.Process().cmdline()),
         "folder": str(Path.cwd()),
@@ -63,6 +63,22 @@ def run_facts(
         "memory": dict(memory),
         "notes": list(notes),
     }
+
+
+def launcher() -> str:
+    """Which process has started this one; no other has the same answer."""
+    import psutil
+
+    parent = psutil.Process().parent()
+    return f"{socket.gethostname()} {parent.pid} {parent.create_time():.2f}" if parent else ""
+
+
+def last_launchers(folder: Path) -> set[str]:
+    """What `launcher` was in the processes of the last session that wrote to `folder`; nothing where nobody knows."""
+    if not (folder / RECORD).is_file():
+        return set()
+    processes = read_record(folder)["sessions"][-1].get("processes") or []
+    return {process["launcher"] for process in processes if process.get("launcher")}
 
 
 def flags_of(config: Any) -> dict[str, Any]:

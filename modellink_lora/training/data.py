@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
@@ -20,6 +21,7 @@ from modellink_lora.data.sft_dataset import SftDataset, sample_order, split_boun
 from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from modellink_lora.device.limits import host, of_all_ranks
 from modellink_lora.parallel.context import ParallelContext
+from modellink_lora.training.agreement import Terms
 
 
 class BatchStream:
@@ -72,14 +74,35 @@ class RunData:
         """Micro-batches of one step that each replica computes."""
         return self.batch_size // (self.train.micro_batch_size * self.context.dp_size)
 
+    def samples_needed(self, iteration: int = 0, consumed_samples: int = 0) -> int:
+        """Training samples of the whole run, where it goes on at `iteration`; the batch may have been another one."""
+        return consumed_samples + max(0, self.train.train_iters - iteration) * self.batch_size
+
     @property
-    def order(self) -> dict[str, Any]:
-        """What decides the order of training samples; a resumed run must agree."""
-        known = {"data": self.corpus.fingerprint(), "samples": len(self.splits["train"]), "seed": self.train.seed,
-                 "shuffle": self.config.shuffle}  # fmt: skip
-        if self.config.full_shuffle_instruction_dataset:  # shuffles all epochs together, so their number matters
-            known["full_shuffle_of"] = self.train.train_iters * self.batch_size
-        return known
+    def prompt_type(self) -> str | None:
+        """Template that the data were made with, if anybody says."""
+        return self.config.prompt_type or (self.corpus.sidecar or {}).get("prompt_type")
+
+    def terms(self, lora: LoraConfig, iteration: int = 0, consumed_samples: int = 0) -> Terms:
+        """What a resumed run must agree in, or tell."""
+        train, span, held_out = self.train, self.splits["train"], self.splits["valid"]
+        longest = int(self.corpus.lengths[span.start : span.stop].max())
+        full = self.config.full_shuffle_instruction_dataset  # shuffles all epochs together, so their number matters
+        data = {"data": self.corpus.fingerprint(), "samples": len(span), "seed": train.seed,
+                "shuffle": self.config.shuffle, "longest_sample": min(longest, self.config.seq_length),
+                "full_shuffle_of": self.samples_needed(iteration, consumed_samples) if full else None}  # fmt: skip
+        if self.prompt_type:
+            data["prompt_type"] = self.prompt_type
+        sums = (self.corpus.sidecar or {}).get("crc32") or {}
+        data |= {f"crc32_of_{key}": sums[f"{key}.bin"] for key in ("input_ids", "labels") if f"{key}.bin" in sums}
+        validated = self.validation_batches("valid") * self.batch_size
+        return Terms(data, {
+            "loss_reduction": train.loss_reduction, "batch_size": self.batch_size,
+            "micro_batch_size": train.micro_batch_size, "dtype": train.dtype, "lora_dtype": lora.dtype or train.dtype,
+            "lora_dropout": lora.dropout, "adam_beta1": train.adam_beta1, "adam_beta2": train.adam_beta2,
+            "adam_eps": train.adam_eps, "clip_grad": train.clip_grad, "lr_warmup_init": train.lr_warmup_init,
+            "validation_samples": [held_out.start, held_out.start + validated],
+        })  # fmt: skip
 
     @property
     def pad_multiple(self) -> int:
@@ -96,11 +119,14 @@ class RunData:
         """Parts that sequence parallelism cuts a sequence into."""
         return self.context.tp_size if self.context.sequence_parallel else 1
 
-    def stream(self, split: str, *, consumed_samples: int = 0) -> BatchStream:
-        """Micro-batches of this replica from `consumed_samples` on; training takes as many epochs as it needs."""
+    def stream(self, split: str, *, iteration: int = 0, consumed_samples: int = 0) -> BatchStream:
+        """Micro-batches of this replica from `consumed_samples` on, where `iteration` begins.
+
+        Training takes as many epochs as it needs.
+        """
         span = self.splits[split]
         training = split == "train"
-        needed = self.train.train_iters * self.batch_size if training else len(span)
+        needed = self.samples_needed(iteration, consumed_samples) if training else len(span)
         order = sample_order(
             len(span),
             needed,
@@ -176,6 +202,12 @@ def open_data(
     splits = dict(zip(("train", "valid", "test"), bounds, strict=True))
     if not len(splits["train"]):
         raise UserError(f"--split {config.split} leaves no training sample of {len(corpus)} in {prefix}")
+    if not SftDataset(corpus, splits["train"], seq_length=config.seq_length).trains():
+        raise UserError(
+            f"--data-path {prefix}: no training sample has a trained token within --seq-length {config.seq_length}: "
+            "the answers are missing or cut off. Look at the data with preprocess_data.py --preview, or raise "
+            "--seq-length"
+        )
     data = RunData(corpus, splits, config, train, batch_size, context, notes)
     notes += _lost_to_seq_length(data)
     if data.pad_multiple != config.pad_to_multiple_of and config.variable_seq_lengths:

@@ -53,12 +53,8 @@ class Guards:
 
     def before_update(self, iteration: int, totals: Totals, forward_again: Callable[[], None]) -> None:
         """Called with the gradients of a global batch in place and the weights still as they were."""
-        if not totals.tokens:
-            raise UserError(
-                f"iteration {iteration}: no sample of the global batch has a trained token, so there is nothing to "
-                "learn from it: the answers are missing, or --seq-length cuts them off. Look at the data with "
-                "preprocess_data.py --preview, or raise --seq-length"
-            )
+        if not totals.tokens:  # no update follows
+            return
         if self._check_finite and not math.isfinite(totals.loss):
             where = self._first_not_finite(forward_again)
             raise UserError(

@@ -14,7 +14,6 @@ from modellink_lora import __version__
 from modellink_lora.adapters.fused import FUSION_HEADER
 from modellink_lora.adapters.targets import trainable_table
 from modellink_lora.checkpoint.adapter import AdapterMeta
-from modellink_lora.checkpoint.store import TRACKER, read_tracker
 from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.config.train import SftDataConfig, TrainConfig
 from modellink_lora.device import Device
@@ -26,12 +25,12 @@ from modellink_lora.reporting.run_record import run_facts
 from modellink_lora.reporting.telemetry import Telemetry
 from modellink_lora.reporting.trackers import Wandb
 from modellink_lora.training.assembly import assemble, fusion_notes, longest, open_inputs
-from modellink_lora.training.data import RunData
 from modellink_lora.training.graphs import passes_of
 from modellink_lora.training.guards import Guards
 from modellink_lora.training.keeper import Keeper
 from modellink_lora.training.loop import Loop
-from modellink_lora.training.state import Parts, Progress, resume, take_snapshot
+from modellink_lora.training.start import begin, check_save, restarted
+from modellink_lora.training.state import take_snapshot
 from modellink_lora.training.summary import ADAPTER_HEADER, fusion_of_all, memory_of, print_summary, summary_rows
 
 LIBRARIES = ("torch", "megatron-core", "transformers")
@@ -47,21 +46,25 @@ def fine_tune(
     device: Device,
     torch_device: torch.device,
     stop: Callable[[], str | None] = lambda: None,
+    attempt: int = 0,
 ) -> None:
     """Train an adapter. The default process group exists and the device is active.
 
     Args:
         model_flags, lora_flags: ModelConfig and LoraConfig fields the user typed.
         stop: name of a signal that asks this process to save and stop, or None.
+        attempt: how often the launcher has started this job before.
     Raises:
         UserError: any input that does not fit, before the first step where possible.
     """
     torch.use_deterministic_algorithms(train.deterministic)
     unused = device.leave_out(train.npu_plain_operators)
     context = make_context(parallel, torch_device)
+    train, again = restarted(train, attempt)
     inputs = open_inputs(train, data, context, model_flags=model_flags, lora_flags=lora_flags)
     base, lora, adapter, run_data = inputs.base, inputs.lora, inputs.adapter, inputs.data
     partition, linears = inputs.partition, inputs.linears
+    check_save(train, adapter)
     memory = memory_of(train, base, lora, linears, partition, run_data, context)
     rows = summary_rows(
         train, base, lora, f"from {adapter.folder}" if adapter else "new", linears, partition, run_data, context,
@@ -79,7 +82,7 @@ def fine_tune(
     if context.is_main:
         print_summary(rows, linears, base, notes, fusion)
 
-    progress, told = _start(train, adapter, parts, run_data)
+    progress, told = begin(train, adapter, lora, parts, run_data)
     root = Path(train.save) if train.save else None
     facts = run_facts(
         configs=[train, data, lora, parallel, base.config], summary=rows, notes=notes, memory=memory[context.pp_rank],
@@ -111,13 +114,13 @@ def fine_tune(
         assert keeper is not None
         meta = AdapterMeta(
             lora=lora, model=base.config, base_fingerprint=setup.fingerprint, iteration=progress.iteration,
-            prompt_type=data.prompt_type or (run_data.corpus.sidecar or {}).get("prompt_type"),
+            prompt_type=run_data.prompt_type or (adapter.meta.prompt_type if adapter and not train.finetune else None),
             versions={"modellink_lora": __version__, **{n: importlib.metadata.version(n) for n in LIBRARIES}},
         )  # fmt: skip
         keeper.save(progress.iteration, take_snapshot(progress, meta, parts), is_best=is_best)
 
     with reporter:
-        for line in [*told, "training ..."]:
+        for line in [*again, *told, "training ..."]:
             reporter.say(line)
         for chunk in chunks:
             chunk.train()
@@ -131,16 +134,3 @@ def fine_tune(
             keeper.finish()
     if reporter.report:
         print(f"report: {reporter.report}", flush=True)
-
-
-def _start(train: TrainConfig, adapter: Any, parts: Parts, run_data: RunData) -> tuple[Progress, list[str]]:
-    """Where the run begins, and what to tell about it."""
-    if adapter and not train.finetune:
-        return resume(adapter, parts, load_optimizer=not train.no_load_optim, data=run_data.order)
-    told = []
-    if adapter:
-        told.append(f"--finetune: starting at iteration 0 from the weights of {adapter.folder}")
-    if train.save and (Path(train.save) / TRACKER).is_file():
-        ended = read_tracker(Path(train.save), flag="--save")
-        told.append(f"warning: --save {train.save} holds a run that ended at {ended}; it is overwritten")
-    return Progress(data=run_data.order), told

@@ -61,7 +61,7 @@ class Loop:
             self.validate("valid")
         self.guards.check_replicas(progress.iteration, frozen=True)
         self.guards.check_replicas(progress.iteration)
-        stream = self.data.stream("train", consumed_samples=progress.consumed_samples)
+        stream = self.data.stream("train", iteration=progress.iteration, consumed_samples=progress.consumed_samples)
         losses: list[float] = []
         saved = progress.iteration  # nothing to save before the first step
         start = dataclasses.replace(progress)
@@ -139,7 +139,8 @@ class Loop:
         progress.skipped += result.skipped
         progress.updates += not result.skipped
         # an overflow of fp16 is counted as skipped: it is how the loss scale is found
-        progress.not_finite += not math.isfinite(result.totals.loss) or (result.totals.alarm and not result.skipped)
+        finite = math.isfinite(result.totals.loss) and (not result.totals.alarm or result.skipped)
+        progress.not_finite += result.totals.tokens > 0 and not finite
         if not result.skipped:
             self.scheduler.step(self.data.batch_size)
         self._count_empty(result)

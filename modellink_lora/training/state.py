@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from modellink_lora.config.document import read_document, to_json, typed
 from modellink_lora.config.errors import UserError
 from modellink_lora.models.layouts import Layout, Replicated
 from modellink_lora.parallel.context import ParallelContext
+from modellink_lora.training.agreement import Terms, compare
 from modellink_lora.training.optimizer import (
     STATE,
     load_loss_scale_state,
@@ -46,7 +47,8 @@ class Progress:
     not_finite: int = 0
     empty_micro_batches: int = 0  # without a trained token
     best: dict[str, int | float] | None = None  # iteration and validation loss
-    data: dict[str, Any] = field(default_factory=dict)  # what decides the order of samples
+    data: dict[str, Any] = field(default_factory=dict)  # what decides the samples, see `Terms`
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -147,17 +149,19 @@ def _layout(context: ParallelContext) -> dict[str, Any]:
 
 
 def resume(
-    adapter: Adapter, parts: Parts, *, load_optimizer: bool, data: Mapping[str, Any]
+    adapter: Adapter, parts: Parts, *, load_optimizer: bool, terms: Callable[[int, int], Terms]
 ) -> tuple[Progress, list[str]]:
     """Restore everything but the adapter's own tensors, which are in the model already.
 
+    Args:
+        terms: what this run's flags come to where it begins at (iteration, samples consumed).
     Returns:
         The progress, and lines that tell the user what was restored and what was not.
     Raises:
-        UserError: files missing or torn, or data order that differs from the interrupted run's.
+        UserError: files missing or torn, or samples, order or loss that differ from the interrupted run's.
     """
     check_resumable(adapter)
-    for name in (TRAINING, OPTIMIZER):
+    for name in (TRAINING, OPTIMIZER) if load_optimizer else (TRAINING,):
         if not (adapter.folder / name).is_file():
             raise UserError(
                 f"--lora-load {adapter.folder}: {name} is missing, so the run cannot be resumed; "
@@ -165,29 +169,63 @@ def resume(
             )
     record, sums = _read_record(adapter, parts)
     progress = Progress(**{f.name: getattr(record, f.name) for f in dataclasses.fields(Progress)})
-    different = [
-        f"{key} {progress.data.get(key)} -> {data[key]}" for key in data if progress.data.get(key) != data[key]
-    ]
-    if different:
-        raise UserError(
-            f"--lora-load {adapter.folder}: the samples or their order would change on resume "
-            f"({', '.join(different)}); restore these, or give --finetune to start a new run from this adapter"
-        )
+    now = terms(progress.iteration, progress.consumed_samples)
+    agreement = compare(_terms_of(record, adapter), now, where=f"--lora-load {adapter.folder}")
+    progress.data, progress.settings = dict(now.data), dict(now.settings)
     told = [f"resuming at iteration {progress.iteration}, {progress.consumed_samples} samples consumed"]
-    if record.layout != _layout(parts.context):
-        told.append(f"saved on another layout ({record.layout}): the run continues, equal to rounding")
-    if not load_optimizer:
-        parts.scheduler.step(progress.consumed_samples)
-        return progress, [*told, "--no-load-optim: fresh optimizer moments"]
-    check_file(adapter.folder / OPTIMIZER, sums)
-    _load_optimizer(adapter, parts, steps=progress.updates)
-    load_loss_scale_state(parts.optimizer, record.loss_scale)
-    now = parts.scheduler.state_dict()
-    changed = [f"{k} {v} -> {now[k]}" for k, v in record.scheduler.items() if k != "num_steps" and now[k] != v]
+    told += agreement.lines()
+    if "batch_size" in agreement.changed:
+        told.append("samples go on in the same order, after those that are consumed; the schedule counts samples, and "
+                    "the iterations that are left keep their places in it")  # fmt: skip
+    if "validation_samples" in agreement.changed and progress.best:
+        told.append(f"the best validation so far, {progress.best['loss']:.4f} at iteration "
+                    f"{progress.best['iteration']}, was of other samples: it is forgotten")  # fmt: skip
+        progress.best = None
+    changed = _continue_schedule(parts.scheduler, record, now.settings["batch_size"])
     if changed:
         told.append(f"the schedule differs from the interrupted run's: {', '.join(changed)}")
-    parts.scheduler.load_state_dict(record.scheduler)
+    if record.layout != _layout(parts.context):
+        same = load_optimizer and agreement.is_whole and not changed
+        told.append(f"saved on another layout ({record.layout})" + ": the run continues, equal to rounding" * same)
+    if load_optimizer:
+        check_file(adapter.folder / OPTIMIZER, sums)
+        _load_optimizer(adapter, parts, steps=progress.updates)
+        load_loss_scale_state(parts.optimizer, record.loss_scale)
+    else:
+        progress.updates = 0  # AdamW's count begins again with its moments
+        told.append("--no-load-optim: fresh optimizer moments, step count and loss scale; the schedule goes on")
     return progress, told
+
+
+def _terms_of(record: _Record, adapter: Adapter) -> Terms:
+    """What the interrupted run recorded, with what follows for runs of older versions, whose batch never changed."""
+    data, settings = dict(record.data), dict(record.settings)
+    if adapter.meta.prompt_type:
+        data.setdefault("prompt_type", adapter.meta.prompt_type)
+    settings.setdefault("lora_dropout", adapter.meta.lora.dropout)
+    if record.iteration and not record.consumed_samples % record.iteration:
+        settings.setdefault("batch_size", record.consumed_samples // record.iteration)
+    return Terms(data, settings)
+
+
+def _continue_schedule(scheduler: Any, record: _Record, batch_size: int) -> list[str]:
+    """Put the schedule where it stood; what of it differs, in words.
+
+    It counts samples, and this run's places are multiples of its batch. Where the batch was another one before, those
+    still ahead move, so that they are met at the same iterations; those behind stay where they were.
+    """
+    passed = record.iteration * batch_size
+    offset, saved = record.consumed_samples - passed, record.scheduler
+    for key in ("lr_warmup_steps", "lr_decay_steps", "wd_incr_steps") if offset else ():
+        place = getattr(scheduler, key)
+        behind = min(float(saved[key] or 0), float(saved["num_steps"] or 0))
+        setattr(scheduler, key, place + offset if place > passed else int(behind))
+    if offset:  # the decay has a length
+        scheduler.lr_decay_steps = max(scheduler.lr_decay_steps, scheduler.lr_warmup_steps + 1)
+    now = scheduler.state_dict()
+    changed = [f"{key} {v} -> {now[key]}" for key, v in saved.items() if key != "num_steps" and now[key] != v]
+    scheduler.load_state_dict(saved)
+    return changed
 
 
 def _read_record(adapter: Adapter, parts: Parts) -> tuple[_Record, dict[str, int]]:

@@ -40,7 +40,7 @@ class Totals:
 class StepResult:
     totals: Totals
     grad_norm: float | None
-    skipped: bool  # fp16 overflow
+    skipped: bool  # fp16 overflow, or no trained token in the global batch
 
 
 def micro_batch_loss(loss_mask: Tensor, losses: Tensor) -> Loss:
@@ -159,6 +159,8 @@ def train_step(
     alarm = not gradients_finite(chunks)
     totals = reduce_reports(reports, context, device, loss_reduction=loss_reduction, alarm=alarm, stop=bool(stop()))
     inspect(totals)
+    if not totals.tokens:  # AdamW would still move the weights, by its moments and the weight decay
+        return StepResult(totals, None, skipped=True)
     with telemetry.part("optimizer"):
         updated, grad_norm, _ = optimizer.step()
     return StepResult(totals, None if grad_norm is None else float(grad_norm), not updated)

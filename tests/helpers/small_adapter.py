@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from modellink_lora.checkpoint.store import write_tracker
 from modellink_lora.config.adapter import LoraConfig
 from modellink_lora.config.model import ModelConfig
 from modellink_lora.models.families import family_of
+from modellink_lora.training.agreement import Terms
 from modellink_lora.training.optimizer import state_tensors
 from modellink_lora.training.state import Parts, Progress, Snapshot, resume
 
@@ -26,7 +28,9 @@ MODEL = ModelConfig(
 )  # fmt: skip
 LORA = LoraConfig(2, 4.0, 0.0, ("linear_qkv", "linear_fc2"), rank_pattern={"linear_fc2": 3})
 DATA = {"samples": 8, "seed": 1}
-SCHEDULE = {"max_lr": 1e-3, "num_steps": 12, "lr_decay_style": "cosine", "lr_decay_steps": 40}
+SETTINGS = {"batch_size": 4, "clip_grad": 1.0, "lora_dropout": 0.0}
+SCHEDULE = {"max_lr": 1e-3, "num_steps": 12, "lr_decay_style": "cosine", "lr_decay_steps": 40, "lr_warmup_steps": 0,
+            "wd_incr_steps": 40}  # fmt: skip
 
 
 def factors(seed: int = 0) -> dict[str, Tensor]:
@@ -52,7 +56,7 @@ def write_checkpoint(root: Path) -> Path:
     folder.mkdir(parents=True)
     state = {f"{name}.{kind}": tensor.abs() + add for name, tensor in tensors.items()
              for kind, add in (("master", 0.0), ("exp_avg", 1.0), ("exp_avg_sq", 2.0))}  # fmt: skip
-    training = {**vars(Progress(3, 12, 3, data=DATA)), "scheduler": SCHEDULE, "loss_scale": {},
+    training = {**vars(Progress(3, 12, 3, data=DATA, settings=SETTINGS)), "scheduler": SCHEDULE, "loss_scale": {},
                 "layout": {"tensor": 1, "pipeline": 1, "data": 1, "sequence_parallel": False}}  # fmt: skip
     Snapshot(meta(), tensors, state, training).write(folder)
     write_tracker(root, 3)
@@ -61,6 +65,24 @@ def write_checkpoint(root: Path) -> Path:
 
 def resumed(adapter: Adapter) -> tuple[Progress, dict[str, Any], dict[str, Tensor]]:
     """(progress, schedule, every tensor of the optimizer's state) after resuming from `adapter`."""
+    parts = _parts(SCHEDULE, data_parallel=1)
+    progress, _ = resume(adapter, parts, load_optimizer=True, terms=lambda *_: Terms(DATA, SETTINGS))
+    state = {f"{name}.{kind}": t for name, kind, t in state_tensors(parts.optimizer, parts.parameters)}
+    return progress, parts.scheduler.state, state
+
+
+def resume_lines(
+    adapter: Adapter, *, data_parallel: int, settings: Mapping[str, Any] = MappingProxyType({}),
+    schedule: Mapping[str, Any] = MappingProxyType({}), load_optimizer: bool = True,
+) -> list[str]:  # fmt: skip
+    """What resuming from `adapter` tells where `settings` and `schedule` differ by these."""
+    terms = Terms(DATA, {**SETTINGS, **settings})
+    parts = _parts({**SCHEDULE, **schedule}, data_parallel=data_parallel)
+    _, told = resume(adapter, parts, load_optimizer=load_optimizer, terms=lambda *_: terms)
+    return told
+
+
+def _parts(schedule: Mapping[str, Any], *, data_parallel: int) -> Parts:
     linears = adapted_linears(family_of("llama"), MODEL, LORA)
     layers: Any = {
         x.name: SimpleNamespace(
@@ -71,13 +93,10 @@ def resumed(adapter: Adapter) -> tuple[Progress, dict[str, Any], dict[str, Tenso
     }
     trained = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     inner = SimpleNamespace(optimizer=torch.optim.AdamW(trained), grad_scaler=None)
-    scheduler = SimpleNamespace(state=dict(SCHEDULE), state_dict=lambda: dict(SCHEDULE))
+    scheduler = SimpleNamespace(state=dict(schedule), state_dict=lambda: dict(schedule), **schedule)
     scheduler.load_state_dict = scheduler.state.update
-    context: Any = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1, dp_size=1, sequence_parallel=False)
-    parts = Parts(layers, linears, SimpleNamespace(chained_optimizers=[inner]), scheduler, context)
-    progress, _ = resume(adapter, parts, load_optimizer=True, data=DATA)
-    state = {f"{name}.{kind}": t for name, kind, t in state_tensors(parts.optimizer, parts.parameters)}
-    return progress, scheduler.state, state
+    context: Any = SimpleNamespace(tp_rank=0, tp_size=1, pp_size=1, dp_size=data_parallel, sequence_parallel=False)
+    return Parts(layers, linears, SimpleNamespace(chained_optimizers=[inner]), scheduler, context)
 
 
 def open_small(folder: Path) -> Adapter:

@@ -55,6 +55,7 @@ def fine_tune_here(
     mutant: str | None = None,
     double: bool = False,
     device: Any = None,
+    attempt: int = 0,
 ) -> None:
     """Run the whole job in this world's process group.
 
@@ -62,6 +63,7 @@ def fine_tune_here(
         mutant: a deliberate error, see `mutated`.
         double: on a device that takes the double of Transformer Engine.
         device: a CPU of another kind.
+        attempt: how often a launcher has started the job before.
     """
     from modellink_lora.config.parallel import ParallelConfig
     from modellink_lora.config.train import SftDataConfig, TrainConfig
@@ -78,6 +80,7 @@ def fine_tune_here(
             lora_flags=lora,
             device=device or (pretending() if double else get_device("cpu")),
             torch_device=torch.device("cpu"),
+            attempt=attempt,
         )
 
 

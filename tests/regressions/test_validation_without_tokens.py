@@ -208,7 +208,8 @@ def verified(base: str, prefix: str) -> str:
         try:
             verify(
                 VerifyConfig(verify_steps=1, against=("pp2",)), train=TrainConfig(**train_flags(load=base)),
-                data_flags={"seq_length": SEQ_LENGTH, "data_path": (prefix,)}, parallel=ParallelConfig(),
+                data_flags={"seq_length": SEQ_LENGTH, "data_path": (prefix,), "shuffle": False},
+                parallel=ParallelConfig(),
                 model_flags={}, lora_flags={"r": 4, "alpha": 8.0, "target_modules": TARGETS},
                 device=get_device("cpu"), torch_device=torch.device("cpu"),
             )  # fmt: skip
@@ -219,5 +220,5 @@ def verified(base: str, prefix: str) -> str:
 
 def test_verify_needs_a_trained_token_to_compare(base: Path, tmp_path: Path) -> None:
     """It ended in a ZeroDivisionError on the first process, and the others waited for it."""
-    said = run(verified, world_size=2, base=str(base), prefix=write(tmp_path / "d", *[CUT] * 4))
+    said = run(verified, world_size=2, base=str(base), prefix=write(tmp_path / "d", *[CUT] * 8, *[WHOLE] * 8))
     assert len({*said}) == 1 and said[0].startswith("no sample of the first global batch has a trained token")
