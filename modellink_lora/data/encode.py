@@ -19,6 +19,7 @@ class Sample:
     input_ids: Ids
     attention_mask: Ids
     labels: Ids
+    special_text: frozenset[str] = frozenset()  # special tokens that its texts spelled
 
 
 def encode(turns: Sequence[tuple[Ids, Ids]], *, eos_id: int | None, append_eod: bool) -> Sample:
