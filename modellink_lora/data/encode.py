@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modellink_lora.data.prompt import Ids
+from modellink_lora.data.text_encoder import Ids
 
 IGNORED = -100  # label of a position that is not trained
 

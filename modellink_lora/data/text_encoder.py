@@ -12,6 +12,7 @@ from typing import Any
 Ids = list[int]
 
 _MOST_CACHED = 256
+_BEFORE = ("\n", "|", "0")
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,10 @@ class TextEncoder:
 
     def _split(self, text: str, *, first: bool) -> Ids:
         if not first and self._starts_differ:
-            start, ids = self._encode("\n"), self._encode("\n" + text, split_special_tokens=True)
-            if ids[: len(start)] == start:
-                return ids[len(start) :]
+            for before in _BEFORE:  # one that does not join the text's first letters
+                start, ids = self._encode(before), self._encode(before + text, split_special_tokens=True)
+                if ids[: len(start)] == start:
+                    return ids[len(start) :]
         return self._encode(text, split_special_tokens=True)
 
     def _is_start_marked(self) -> bool:
