@@ -21,7 +21,8 @@ FOLDER_LAYERS = {
     "verification": 5.5, "diagnosis": 5.5, "evaluation": 5.7, "cli": 6,
 }  # fmt: skip  # halves: two rooms of one layer, of which one stands on the other
 PURE = {
-    "data/templates", "data/prompt", "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family",
+    "data/templates", "data/text_encoder", "data/prompt",
+    "data/handlers", "data/encode", "data/tools", "models/layouts", "models/family",
     "models/shapes", "models/config_keys", "models/families", "parallel/partition", "checkpoint/names",
     "checkpoint/store", "checkpoint/checksums", "checkpoint/disk", "checkpoint/fileset",
 }  # fmt: skip

@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.prompt_type or config.hf_chat_template:
         raise UserError("--prompt-type and --hf-chat-template: lm-eval writes the prompts; give --apply_chat_template "
                         "after the --, which takes the tokenizer's own template")  # fmt: skip
+    if not config.split_special_tokens:
+        raise UserError("--no-split-special-tokens: has no effect here: lm-eval writes the prompts, and special tokens "
+                        "in them are tokens, as in its own backends")  # fmt: skip
     harness, parallel = HarnessConfig(**given[HarnessConfig]), ParallelConfig(**given[ParallelConfig])
     copies = parallel.data_parallel_size(launch.world_size)
     if copies > 1:

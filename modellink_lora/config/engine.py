@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import LARGEST_SEED, MINUTES_OF_A_YEAR, check_ranges, flag
 from modellink_lora.config.npu import plain_operators_flag
-from modellink_lora.config.tokenizer import trust_remote_code_flag
+from modellink_lora.config.tokenizer import split_special_tokens_flag, trust_remote_code_flag
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class EngineConfig:
     )
     use_fast_tokenizer: bool = flag(True, "take the slow tokenizer", name="tokenizer-not-use-fast", inverted=True)
     trust_remote_code: bool = trust_remote_code_flag()
+    split_special_tokens: bool = split_special_tokens_flag()
     prompt_type: str | None = flag(None, "template around each prompt; default none")
     hf_chat_template: bool = flag(False, "put the tokenizer's own chat template around each prompt")
     add_eos_token: tuple[str, ...] = flag((), "further tokens that end an answer, e.g. '<|im_end|>'")

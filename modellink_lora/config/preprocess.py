@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.config.flag import MOST_WORKERS, check_ranges, flag
-from modellink_lora.config.tokenizer import trust_remote_code_flag
+from modellink_lora.config.tokenizer import split_special_tokens_flag, trust_remote_code_flag
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class PreprocessConfig:
         True, "take the slow tokenizer where there is one", name="tokenizer-not-use-fast", inverted=True
     )
     trust_remote_code: bool = trust_remote_code_flag()
+    split_special_tokens: bool = split_special_tokens_flag()
     handler_name: str = flag("", "how a record is read, e.g. AlpacaStyleInstructionHandler")
     prompt_type: str | None = flag(None, "prompt template, e.g. llama2")
     map_keys: dict[str, object] | None = flag(

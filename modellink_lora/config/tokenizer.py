@@ -1,4 +1,4 @@
-"""The flag that allows the Python code of a tokenizer's publisher to run."""
+"""Flags of all jobs that turn text into tokens."""
 
 from __future__ import annotations
 
@@ -13,4 +13,15 @@ def trust_remote_code_flag() -> Any:
         False,
         "run the Python files that the tokenizer's folder names in auto_map, which Baichuan, ChatGLM, InternLM, Index "
         "MiniCPM and Qwen 1 need; without it such a folder is refused, and nothing asks",
+    )
+
+
+def split_special_tokens_flag() -> Any:
+    """A field `split_special_tokens: bool`."""
+    return flag(
+        True,
+        "text of data and prompts that spells a special token, such as </s> or <|im_start|>, becomes that token; by "
+        "default it stays text, and only templates write special tokens",
+        name="no-split-special-tokens",
+        inverted=True,
     )

@@ -8,7 +8,6 @@ vocabulary and weights are not touched.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from modellink_lora.checkpoint.companions import companions as companions_of
 from modellink_lora.checkpoint.companions import copy_companions
 from modellink_lora.checkpoint.store import replacing_file
 from modellink_lora.config.convert import ConvertConfig
-from modellink_lora.config.document import parse_document, read_document
+from modellink_lora.config.document import parse_document, read_document, to_json
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.chat_template import Ending, best_chat_template, differences, ending_of
 from modellink_lora.data.generation_stops import generation_stops
@@ -207,9 +206,7 @@ def _in_words(ending: Ending) -> str:
     if ending.token_id is not None:
         return f"{ending.token} (id {ending.token_id})"
     if ending.text:
-        return (
-            f"the text {json.dumps(ending.text, ensure_ascii=False)}, which is no single token: give it as a stop text"
-        )
+        return f"the text {to_json(ending.text)}, which is no single token: give it as a stop text"
     return "nothing of the template's own"
 
 
@@ -227,7 +224,7 @@ class _Files:
 
     def update(self, name: str, document: Document) -> None:
         if document != self.read(name):
-            self.changed[name] = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+            self.changed[name] = to_json(document, indent=2) + "\n"
 
     def set_ends(self, end: int, tokenizer: Any) -> list[int]:
         """Add `end` to the ids that end an answer, and give the folder the eos_token of `tokenizer`; those ids."""
@@ -340,4 +337,4 @@ def _naming_its_class(text: bytes, name: str) -> bytes:
         return text
     # the name that version 5 of transformers gave to its class for any tokenizer.json is unknown to version 4
     name = "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
-    return json.dumps({**document, "tokenizer_class": name}, indent=2, ensure_ascii=False).encode() + b"\n"
+    return to_json({**document, "tokenizer_class": name}, indent=2).encode() + b"\n"

@@ -6,13 +6,14 @@ for the text whose ids are those of training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from modellink_lora.config.document import to_json
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import NamedToken, Slot, Slots, Special, Template
+from modellink_lora.data.text_encoder import TextEncoder
 
 # `describe_tools` and `call_text` of data/tools.py in Jinja
 _TOOLS = """\
@@ -162,6 +163,7 @@ def differences(template: Template, tokenizer: Any, text: str | None) -> tuple[i
     Args:
         text: the chat template; None is the tokenizer's own.
     """
+    encoder = TextEncoder(tokenizer, split_special_tokens=True, template_text=template.text)
     differing = tried = 0
     for messages, conversation in _conversations():
         try:
@@ -170,7 +172,7 @@ def differences(template: Template, tokenizer: Any, text: str | None) -> tuple[i
             )
         except Exception:  # templates raise what they like
             ids = None
-        differing += ids != encode_prompt(conversation, template, tokenizer)
+        differing += ids != encode_prompt(conversation, template, encoder)
         tried += 1
     return differing, tried
 
@@ -181,7 +183,8 @@ def _conversations() -> Iterator[tuple[list[dict[str, str]], Conversation]]:
             roles = ("user", "assistant")
             turns = [Message(roles[i % 2], text) for i, text in enumerate(_TRIED_CONTENTS[:length])]
             first = [Message("system", system)] if system else []
-            yield [vars(message) for message in (*first, *turns)], Conversation(tuple(turns), system)
+            shown = [{"role": message.role, "content": message.content} for message in (*first, *turns)]
+            yield shown, Conversation(tuple(turns), system)
 
 
 def chat_template(template: Template, tokenizer: Any, glue: Glue = Glue()) -> str:  # frozen
@@ -271,4 +274,4 @@ def _rendered(slots: Sequence[Slot], tokenizer: Any) -> str:
 
 def _quoted(text: str) -> str:
     """A string of Jinja, which knows the escapes of JSON."""
-    return json.dumps(text, ensure_ascii=False)
+    return to_json(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modellink_lora.data.prompt import Ids
+from modellink_lora.data.text_encoder import Ids
 
 IGNORED = -100  # label of a position that is not trained
 
@@ -19,6 +19,7 @@ class Sample:
     input_ids: Ids
     attention_mask: Ids
     labels: Ids
+    special_text: frozenset[str] = frozenset()  # special tokens that its texts spelled
 
 
 def encode(turns: Sequence[tuple[Ids, Ids]], *, eos_id: int | None, append_eod: bool) -> Sample:

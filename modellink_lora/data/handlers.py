@@ -12,10 +12,12 @@ from typing import Any
 from modellink_lora.config.document import is_unicode
 from modellink_lora.config.errors import UserError
 from modellink_lora.data import tools
-from modellink_lora.data.prompt import Conversation, Message
+from modellink_lora.data.prompt import ANSWERING, Conversation, Message
 
 Record = Mapping[str, Any]
 Names = Mapping[str, str | None]
+
+EMPTY_ANSWER = "empty answer"  # why a record is dropped
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,10 @@ class RecordReader:
             map(is_unicode, (*(m.content for m in conversation.messages), conversation.system, conversation.tools))
         ):
             return "text is not valid Unicode"
-        question, answer = conversation.messages[-2:]
-        if not question.content.strip():
-            return "empty question"
-        if not answer.content.strip():
-            return "empty answer"
+        # one rule for every turn: an empty answer would train the model to say nothing
+        for message in conversation.messages:
+            if not message.content.strip():
+                return EMPTY_ANSWER if message.role in ANSWERING else "empty question"
         return conversation
 
     @property

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -18,11 +18,12 @@ from modellink_lora.config.errors import UserError, printable
 from modellink_lora.config.preprocess import PreprocessConfig
 from modellink_lora.data.corpus import KEYS, CorpusWriter, data_file, sidecar_file, writing_corpus
 from modellink_lora.data.encode import Sample, drop_reason, encode, too_long
-from modellink_lora.data.handlers import RecordReader, reader_for
+from modellink_lora.data.handlers import EMPTY_ANSWER, RecordReader, reader_for
 from modellink_lora.data.preview import marked_text
-from modellink_lora.data.prompt import turns
+from modellink_lora.data.prompt import turns, without_end
 from modellink_lora.data.records import Record, Records, open_records
-from modellink_lora.data.templates import Template, get_template
+from modellink_lora.data.templates import EOS, Template, get_template
+from modellink_lora.data.text_encoder import NotText, TextEncoder
 from modellink_lora.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 Say = Callable[[str], None]
@@ -43,6 +44,8 @@ class Summary:
     dropped: dict[str, tuple[int, int]] = field(default_factory=dict)  # reason -> (count, first record)
     places: dict[str, str] = field(default_factory=dict)  # reason -> file and line of the first record
     unused_keys: set[str] = field(default_factory=set)  # of messages
+    special_text: int = 0  # samples with text that spells special tokens
+    spelled: set[str] = field(default_factory=set)  # those tokens
 
     def drop(self, reason: str, where: str) -> None:
         """Count the record that comes next, which stands at `where`, as dropped."""
@@ -75,7 +78,7 @@ class _Encoder:
 
     reader: RecordReader
     template: Template
-    tokenizer: Any
+    text: TextEncoder
     append_eod: bool
     seq_length: int | None
 
@@ -84,12 +87,18 @@ class _Encoder:
         conversation = record.fault or self.reader.read(record.row)
         if isinstance(conversation, str):
             return conversation
-        sample = encode(
-            turns(conversation, self.template, self.tokenizer),
-            eos_id=self.tokenizer.eos_token_id,
-            append_eod=self.append_eod,
-        )
-        return drop_reason(sample, seq_length=self.seq_length) or sample
+        end = self.text.eos_token_id
+        if not all(without_end(answer.content, self.text.eos_token).strip() for answer in conversation.messages[1::2]):
+            return EMPTY_ANSWER
+        self.text.met.clear()
+        try:
+            pairs = turns(conversation, self.template, self.text)
+        except NotText as error:
+            return str(error)
+        # a template that writes no end token keeps the one that an answer spells
+        ended = EOS not in self.template.assistant and [*pairs[-1][0], *pairs[-1][1]][-1:] == [end]
+        sample = encode(pairs, eos_id=end, append_eod=self.append_eod and not ended)
+        return drop_reason(sample, seq_length=self.seq_length) or replace(sample, special_text=frozenset(self.text.met))
 
 
 def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
@@ -113,12 +122,14 @@ def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
     say(f"Output prefix: {config.output_prefix}")
     say(f"Time to startup:{time.monotonic() - started:.1f}")
 
-    encoder = _Encoder(reader, template, tokenizer, config.append_eod, config.seq_length)
+    text = TextEncoder(tokenizer, split_special_tokens=config.split_special_tokens, template_text=template.text)
+    encoder = _Encoder(reader, template, text, config.append_eod, config.seq_length)
     _preview(config.preview, records, encoder, say)
     sidecar = _sidecar(config, tokenizer)
     with writing_corpus(config.output_prefix, sidecar) as writer:
         summary = _write(encoder, records, writer, config, say)
         sidecar["records"] = summary.records
+        sidecar["special_text_samples"] = summary.special_text
         sidecar["dropped"] = {reason: count for reason, (count, _) in summary.dropped.items()}
         if not summary.samples:
             raise UserError(f"--input {config.input}: no sample is left of {summary.records} records: {_why(summary)}")
@@ -127,7 +138,11 @@ def run(config: PreprocessConfig, *, say: Say = print) -> Summary:
         say(f"Skip {skipped} sample exceeded seq-length({config.seq_length})")
     say(summary.table())
     if summary.unused_keys:
-        say(f"keys of messages not used: {_keys(summary.unused_keys)}")
+        say(f"keys of messages not used: {_listed(summary.unused_keys)}")
+    if summary.special_text:
+        say(f"text of {summary.special_text} samples spells special tokens ({_listed(summary.spelled)}): "
+            + ("it stays text; --no-split-special-tokens makes it those tokens" if config.split_special_tokens
+               else "it became those tokens (--no-split-special-tokens)"))  # fmt: skip
     say(f"wrote {data_file(config.output_prefix, '{' + ','.join(KEYS) + '}', '{bin,idx}')}")
     say(f"wrote {sidecar_file(config.output_prefix)}")
     return summary
@@ -151,7 +166,7 @@ def _preview(count: int, records: Records, encoder: _Encoder, say: Say) -> None:
     for number, sample in enumerate(itertools.islice(kept, count)):
         trained = sum(label >= 0 for label in sample.labels)
         say(f"--- sample {number}: {len(sample.input_ids)} tokens, {trained} trained (marked) ---")
-        say(marked_text(sample, encoder.tokenizer, colour=sys.stdout.isatty()))
+        say(marked_text(sample, encoder.text.tokenizer, colour=sys.stdout.isatty()))
     say("---")
 
 
@@ -166,6 +181,8 @@ def _write(encoder: _Encoder, records: Records, writer: CorpusWriter, config: Pr
                 summary.drop(result, where)
             else:
                 writer.add(result.input_ids, result.attention_mask, result.labels)
+                summary.special_text += bool(result.special_text)
+                summary.spelled |= result.special_text
             summary.records += 1
             bar.update()
             if bar.disable and summary.records % config.log_interval == 0:
@@ -232,13 +249,14 @@ def _sidecar(config: PreprocessConfig, tokenizer: Any) -> dict[str, Any]:
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "append_eod": config.append_eod,
+        "split_special_tokens": config.split_special_tokens,
         "seq_length": config.seq_length,
     }
 
 
-def _keys(names: set[str]) -> str:
-    shown = sorted(names)[:_REASONS_SHOWN]
-    return printable(", ".join(shown)) + (", ..." if len(names) > len(shown) else "")
+def _listed(names: set[str]) -> str:
+    """Some of the names; a data set can spell hundreds."""
+    return printable(", ".join(sorted(names)[:_REASONS_SHOWN])) + (", ..." if len(names) > _REASONS_SHOWN else "")
 
 
 def _why(summary: Summary) -> str:

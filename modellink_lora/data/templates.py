@@ -50,6 +50,12 @@ class Template:
     stop_words: tuple[str, ...] = ()  # tokens that end an answer; they must be in the vocabulary
     replace_eos: bool = False  # the first stop word is the tokenizer's end-of-sequence token
 
+    @property
+    def text(self) -> str:
+        """All that it writes itself."""
+        slots = (self.prefix, self.system, self.user, self.observation, self.assistant, self.function, self.separator)
+        return "\n".join(slot for group in slots for slot in group if isinstance(slot, str))
+
 
 _LLAMA3_OPENING = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 

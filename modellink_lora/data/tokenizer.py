@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from modellink_lora.config.errors import UserError
 from modellink_lora.data.templates import get_template
 
 _FALLBACK_EOS = "<|endoftext|>"
+# words that every vocabulary spells, blanks of two kinds, digits, and characters of two and three bytes
+_PROBES = ("we need to add 9 and 6", "the first line\nthe second line", "a caf\u00e9 and \u4e2d too")
+_NEWLINES = ("\n", "\u010a", "<0x0A>")  # as vocabularies write it: as it is, byte-level, sentencepiece
 # sequence lengths are checked where samples are made; the tokenizer's own limit only warns
 _NO_LIMIT = 10**9
 
@@ -79,9 +84,48 @@ def _read(path: str | Path, use_fast: bool, trust_remote_code: bool) -> Any:
             ) from None
         reason = _unknown_class(folder) or " ".join(str(error).split())
         raise UserError(f"--tokenizer-name-or-path {path}: cannot be loaded: {reason}") from error
+    check_round_trip(tokenizer, path)
     if _is_llama_sentencepiece(folder, tokenizer):
         _compare_with_sentencepiece(folder, tokenizer, path)
     return tokenizer
+
+
+def check_round_trip(tokenizer: Any, path: str | Path) -> None:
+    """Raise UserError for a tokenizer whose ids do not decode to the text, because its file was read as another kind.
+
+    What tokenizers lose by intent is no fault: case, accents, the kind and number of blanks, blanks beside a character
+    that is a word by itself, and characters that the vocabulary lacks.
+    """
+    for text in _PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        found = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if _essence(found) != _essence(text) and not _is_beyond(tokenizer, text, ids):
+            version = importlib.metadata.version("transformers")
+            raise UserError(
+                f"--tokenizer-name-or-path {path}: transformers {version} reads it as "
+                f"{type(tokenizer).__name__}, which gives {found!r} back for {text!r}: the tokenizer_class in "
+                "tokenizer_config.json may not be that of its files (byte-level ones are PreTrainedTokenizerFast), or "
+                "a newer transformers reads it rightly"
+            )
+
+
+def _is_beyond(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Whether the vocabulary lacks a character of `text`, or, where the ids have unknown tokens, a whole word."""
+    vocabulary = tokenizer.get_vocab()
+    held = "".join(vocabulary)
+    if not all(c in held for c in text if not c.isspace()):
+        return True
+    if "\n" in text and not any(newline in held for newline in _NEWLINES):
+        return True
+    words = text.split() if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids else []
+    alone = [tokenizer.decode(tokenizer.encode(word, add_special_tokens=False)) for word in words]
+    return any(word not in found for word, found in zip(words, alone))
+
+
+def _essence(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    words = "".join(c for c in plain if not unicodedata.combining(c)).split()
+    return " ".join(words)
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def _prompter(engine: EngineConfig, first: Model, note: Callable[[str], None]) -
     )
     return Prompter(
         tokenizer, prompt_type=kind, hf_chat_template=engine.hf_chat_template, folder=Path(folder),
-        stop_words=engine.add_eos_token,
+        stop_words=engine.add_eos_token, split_special_tokens=engine.split_special_tokens, say=note,
     )  # fmt: skip
 
 

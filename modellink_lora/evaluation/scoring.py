@@ -36,6 +36,7 @@ class Prompter(Protocol):
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> Ids: ...
     def plain(self, text: str) -> Ids: ...
+    def answer(self, text: str) -> Ids: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Answering:
         found: list[dict[str, Answer]] = [{} for _ in items]
         pairs, cuts, owners = [], [], []
         for item in items:
-            for context, continuation in continuations(item, self._prompter, self._engine.tokenizer):
+            for context, continuation in continuations(item, self._prompter):
                 # the continuation's last token is only compared with, so it takes no position
                 shown = _fitting(context, self._engine.max_length + 1 - len(continuation), item)
                 pairs.append((shown, continuation))
@@ -158,7 +159,7 @@ def _in_steps(progress: Advance, items: int, pairs: int) -> Advance:
     return advance
 
 
-def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[Ids, Ids]]:
+def continuations(item: Item, prompter: Prompter) -> list[tuple[Ids, Ids]]:
     """(context, continuation) ids of every choice.
 
     Of a plain prompt the continuation is what follows the context's ids when both are encoded as one text; blanks at
@@ -169,7 +170,7 @@ def continuations(item: Item, prompter: Prompter, tokenizer: Any) -> list[tuple[
     """
     if not isinstance(item.prompt, str):
         context = prompter.chat(_messages(item))
-        return [(context, tokenizer.encode(text, add_special_tokens=False)) for text in item.choices.values()]
+        return [(context, prompter.answer(text)) for text in item.choices.values()]
     prompt = item.prompt.rstrip()
     context, pairs = prompter.plain(prompt), []
     for text in item.choices.values():

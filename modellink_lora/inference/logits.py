@@ -25,6 +25,7 @@ from modellink_lora.config.model import ModelConfig
 from modellink_lora.config.parallel import ParallelConfig
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt
 from modellink_lora.data.templates import get_template
+from modellink_lora.data.text_encoder import TextEncoder
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.device import Device
 from modellink_lora.inference.prompt_file import read_prompts
@@ -67,7 +68,8 @@ def prompt_logits(
         trust_remote_code=config.trust_remote_code,
     )
     template = get_template(config.prompt_type)
-    ids = [encode_prompt(Conversation((Message("user", prompt),)), template, tokenizer) for prompt in prompts]
+    encoder = TextEncoder(tokenizer, split_special_tokens=True, template_text=template.text)
+    ids = [encode_prompt(Conversation((Message("user", prompt),)), template, encoder) for prompt in prompts]
     _check(ids, config, vocab_size=base.config.vocab_size, positions=_longest(base.config))
     seed_everything(_SEED, context, device)
     setup = set_up(base, lora, adapter, context, device, dtype=config.dtype, seed=_SEED, overrides={})

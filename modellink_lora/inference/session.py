@@ -89,7 +89,7 @@ def open_engine(
     )
     prompter = Prompter(
         tokenizer, prompt_type=prompt_type, hf_chat_template=config.hf_chat_template, folder=Path(folder),
-        stop_words=config.add_eos_token,
+        stop_words=config.add_eos_token, split_special_tokens=config.split_special_tokens, say=tell,
     )  # fmt: skip
     longest = min(filter(None, (base.config.max_position_embeddings, base.config.exact_length)))
     if config.max_length and config.max_length > longest:

@@ -18,7 +18,7 @@ import pytest
 
 from modellink_lora.checkpoint.hf import INDEX, HfModel
 from modellink_lora.config.errors import UserError
-from modellink_lora.inference.prompting import _generation_stops
+from modellink_lora.data.generation_stops import generation_stops
 from tests.helpers.made_model import Dimensions, made_model, made_sharded_model
 
 HOSTILE: tuple[Any, ...] = (
@@ -116,7 +116,7 @@ def test_the_ids_that_end_an_answer_are_read_or_refused(name: str, tmp_path: Pat
     for value in HOSTILE:
         (tmp_path / name).write_text(json.dumps({"eos_token_id": value}), encoding="utf-8", errors="surrogatepass")
         try:
-            found = _generation_stops(tmp_path)
+            found = generation_stops(tmp_path)
         except UserError as error:
             assert "eos_token_id" in str(error) or "surrogate" in str(error)
             assert name in str(error)

@@ -24,8 +24,9 @@ from modellink_lora.data.corpus import InstructionCorpus
 from modellink_lora.data.preprocess import run
 from tests.helpers.tiny import tiny_tokenizer
 
+END = "</s>"  # an answer that is this alone says nothing; elsewhere, special tokens that texts spell are text
 TEXTS = [
-    "", " ", "a", "two words", "é漢字🙂", "</s>", "<s>x<pad>", "\n\n", "\t\r\n", "\ud800", "x\udcff", "\0", "\ufeff",
+    "", " ", "a", "two words", "é漢字🙂", END, "<s>x<pad>", "\n\n", "\t\r\n", "\ud800", "x\udcff", "\0", "\ufeff",
     "a" * 3000, "Human: q\nAssistant: a", '{"a": 1}', "\u2028", "-100",
 ]  # fmt: skip
 OTHERS: list[Any] = [None, 0, -1.5, True, [], ["a"], {}, {"a": 1}, [["q", "a"]], float("nan")]
@@ -65,12 +66,13 @@ def turns_of(record: dict[str, Any], kind: str) -> list[tuple[str, str]] | None:
         pairs = list(zip(texts[::2], texts[1::2]))
     if any("\ud800" <= char <= "\udfff" for pair in pairs for text in pair for char in text):
         return None
-    return pairs if pairs[-1][0].strip() and pairs[-1][1].strip() else None
+    pairs = [(question, "" if answer == END else answer) for question, answer in pairs]
+    return pairs if all(question.strip() and answer.strip() for question, answer in pairs) else None
 
 
 def expected(pairs: list[tuple[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
     def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     tokens: list[int] = []
     labels: list[int] = []

@@ -29,8 +29,9 @@ CUDA_BUILD_REQUIRES = (
     "filelock", "typing-extensions", "setuptools", "sympy", "networkx", "jinja2", "fsspec", "cuda-toolkit",
     "cuda-bindings", "nvidia-cudnn-cu13", "nvidia-cusparselt-cu13", "nvidia-nccl-cu13", "nvidia-nvshmem-cu13", "triton",
 )  # fmt: skip
-# of the packages that read files of strangers or listen on a network: the release that mends the holes named beside it
-FLOORS = {"torch": "2.6", "transformers": "5.10", "jinja2": "3.1.6", "pyarrow": "14.0.1", "sentencepiece": "0.2.1",
+# of the packages that read files of strangers or listen on a network: the release that mends the holes named beside it,
+# on this Python
+FLOORS = {"torch": "2.6", "transformers": "5.22", "jinja2": "3.1.6", "pyarrow": "14.0.1", "sentencepiece": "0.2.1",
           "protobuf": "6.33.5", "tqdm": "4.66.3", "pyyaml": "5.4", "uvicorn": "0.11.7", "starlette": "1.3.1",
           "gradio": "6.16"}  # fmt: skip
 
@@ -46,7 +47,8 @@ def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"]
     names = ("dev", "demo", *re.findall(r"[a-z]+", re.search(r"\[(.+)\]", extras["dev"][0]).group(1)))  # type: ignore[union-attr]
     found = [Requirement(line) for line in (*PROJECT["dependencies"], *(x for name in names for x in extras[name]))]
-    return [requirement for requirement in found if requirement.name not in ("modellink_lora", "lm-eval")]
+    here = [requirement for requirement in found if not requirement.marker or requirement.marker.evaluate()]
+    return [requirement for requirement in here if requirement.name not in ("modellink_lora", "lm-eval")]
 
 
 def test_nothing_that_torch_requires_is_pinned_beside_it() -> None:

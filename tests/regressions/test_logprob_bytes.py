@@ -25,7 +25,7 @@ KINDS = [make_tokenizer, make_byte_fallback_tokenizer, "smollm2-bpe-49k", "mistr
 TEXTS = ["Hi 😀 there", "né  two   blanks", " 你好 ", "a\n\n  b\t¼", "😀", "▁ĠÂ<0x41>"]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda made: getattr(made, "__name__", made))
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if isinstance(request.param, str):
         return AutoTokenizer.from_pretrained(shared(f"models/tokenizers/{request.param}"))

@@ -13,6 +13,7 @@ from modellink_lora.data.chat_template import Ending, best_chat_template, differ
 from modellink_lora.data.handlers import reader_for
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt, turns
 from modellink_lora.data.templates import EOS, TEMPLATES, NamedToken, Template, get_template
+from modellink_lora.data.text_encoder import TextEncoder
 from modellink_lora.data.tokenizer import load_tokenizer
 from modellink_lora.data.tools import call_text, describe_tools
 from tests.helpers.shared import is_there, shared
@@ -77,13 +78,17 @@ def pairs(template: Template, tokenizer: Any) -> list[tuple[list[int], list[int]
         for length in (1, 2, 3):
             conversation = reader.read(record(system, length))
             assert isinstance(conversation, Conversation)
-            made = turns(conversation, template, tokenizer)
+            made = turns(conversation, template, encoder(template, tokenizer))
             whole = [x for source, target in made for x in (*source, *target)]
             found += [
                 (ids(messages(system, length), False), whole),
                 (ids(messages(system, length)[:-1], True), whole[: len(whole) - len(made[-1][1])]),
             ]
     return found
+
+
+def encoder(template: Template, tokenizer: Any) -> TextEncoder:
+    return TextEncoder(tokenizer, split_special_tokens=True, template_text=template.text)
 
 
 def fitted(folder: Path, name: str) -> tuple[Template, Any]:
@@ -139,7 +144,7 @@ def test_tools_and_their_calls_and_results_are_written_as_training_writes_them(
         [{"role": "system", "content": "Be brief."}, *asked], tools=TOOLS, add_generation_prompt=True,
         return_dict=False, chat_template=best_chat_template(template, tokenizer).text,
     )  # fmt: skip
-    assert found == encode_prompt(conversation, template, tokenizer)
+    assert found == encode_prompt(conversation, template, encoder(template, tokenizer))
 
 
 def test_a_question_without_generation_prompt_does_not_open_the_answer(folders: Mapping[str, Path]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from modellink_lora.config.errors import UserError
 from modellink_lora.data.prompt import Conversation, Message, encode_prompt, turns
 from modellink_lora.data.templates import BOS, EOS, TEMPLATES, NamedToken, Template, get_template
+from modellink_lora.data.text_encoder import Piece
 
 
 class SlotTokenizer:
@@ -16,14 +19,14 @@ class SlotTokenizer:
         self._texts: list[str] = ["BOS", "EOS"]
         self.bos_token_id = 0 if bos else None
         self.eos_token_id = 1
+        self.eos_token = "</s>"
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
-        self._texts.append(text)
-        return [len(self._texts) - 1]
+    def slot(self, pieces: Sequence[Piece]) -> list[int]:
+        self._texts.append("".join(piece.text for piece in pieces))
+        return [len(self._texts) - 1] if self._texts[-1] else []
 
-    def convert_tokens_to_ids(self, tokens: str) -> int:
-        self._texts.append(f"<<{tokens}>>")
+    def token_id(self, text: str) -> int:
+        self._texts.append(f"<<{text}>>")
         return len(self._texts) - 1
 
     def show(self, ids: list[int]) -> str:
