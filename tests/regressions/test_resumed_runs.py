@@ -3,7 +3,9 @@
 Found by hand and by fuzzing: a full shuffle that was given before and forgotten on resume went unnoticed; another batch
 ended in an AssertionError in mid-run; AdamW's step count went on after --no-load-optim; a sample without a trained
 token ended a run, at the same place each time it was resumed; a job that torchrun restarted began again at iteration 0;
-and checkpoints of an earlier run stayed among those of a new one.
+and checkpoints of an earlier run stayed among those of a new one. Reported of other programs: the order of epoch 0 is
+replayed in a later one (modelscope/ms-swift#10050), later epochs skip and repeat samples after a resume in mid-epoch
+(NVIDIA-NeMo/Megatron-Bridge#4601); restoring by consumed samples lets the batch change (allenai/OLMo#182).
 """
 
 from __future__ import annotations
