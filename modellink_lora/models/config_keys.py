@@ -1,7 +1,8 @@
 """The keys of config.json: the type of each that is read here, those that change nothing, and what becomes of the rest.
 
 A key that is in neither table is refused, because nobody could say whether the model would compute the same, unless
-its value asks for nothing: null, false, empty, or what transformers' class has without it.
+its value asks for nothing: null, false, empty, or what transformers' class has without it. Keys that begin with an
+underscore are notes of the program that wrote the file, as in transformers' own classes.
 """
 
 from __future__ import annotations
@@ -89,9 +90,9 @@ LLAMA_KEYS = (
 # Why a key changes nothing that is computed here -> such keys.
 HARMLESS: dict[str, tuple[str, ...]] = {
     "names and versions": (
-        "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config", "auto_map",
+        "name_or_path", "transformers_version", "transformers.js_config", "auto_map",
         "custom_pipelines", "tokenizer_class", "processor_class", "unsloth_version", "unsloth_fixed", "license",
-        "model_name", "chat_format", "_from_model_config",
+        "model_name", "chat_format",
     ),
     "ids of special tokens, which the tokenizer has as well": (
         "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
@@ -99,11 +100,9 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "im_start_id", "im_end_id", "user_token_id", "assistant_token_id",
     ),
     "how attention and caches are implemented": (
-        "use_cache", "cache_implementation", "keys_to_ignore_at_inference", "_attn_implementation",
-        "_attn_implementation_autoset", "_attn_implementation_internal", "attn_implementation",
-        "_experts_implementation", "_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention", "flash_attention",
-        "use_cache_quantization", "use_cache_kernel", "masked_softmax_fusion", "bias_dropout_fusion",
-        "_use_flash_attention_2", "use_memory_efficient_attention",
+        "use_cache", "cache_implementation", "keys_to_ignore_at_inference", "attn_implementation", "use_flash_attn",
+        "use_flash_attention", "flash_attention", "use_cache_quantization", "use_cache_kernel", "masked_softmax_fusion",
+        "bias_dropout_fusion", "use_memory_efficient_attention",
     ),
     "the precision of single operations": (
         "softmax_in_fp32", "attention_softmax_in_fp32", "apply_query_key_layer_scaling", "bf16", "fp16", "fp32",
@@ -153,7 +152,7 @@ def check_keys(config: Mapping[str, Any], read: tuple[str, ...], *, where: str) 
         if config.get(key):
             raise UserError(f"{where}: {key} says that the weights are quantized: give the model as it was before")
     for key, value in config.items():
-        if key in known or key in _HARMLESS or value is None or value is False:
+        if key in known or key in _HARMLESS or key.startswith("_") or value is None or value is False:
             continue
         if value in ("", [], {}) or (key in _ONE_VALUE and value == _ONE_VALUE[key]):
             continue

@@ -107,12 +107,22 @@ def test_a_key_nobody_knows_is_refused_with_its_value(key: str, value: Any) -> N
 @pytest.mark.parametrize("keys", [
     {"clip_qkv": None}, {"use_qk_norm": False}, {"pruned_heads": {}}, {"something": ""},
     {"pretraining_tp": 4, "_name_or_path": "x", "auto_map": {"AutoConfig": "a.B"}, "unsloth_version": "2025.1"},
+    {"_model_name_or_path": "Smollm2 135M", "_attn_implementation": "sdpa"},  # of a GGUF file; notes of programs
     {"is_encoder_decoder": False, "tokenizer_class": "LlamaTokenizer", "task_specific_params": {"a": 1}},
     {"model_type": "mixtral", "num_local_experts": 4, "router_jitter_noise": 0.0},  # the class default
     {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
 ])  # fmt: skip
 def test_a_key_that_asks_for_nothing_is_taken(keys: dict[str, Any]) -> None:
     read(**keys)
+
+
+def test_what_transformers_makes_of_a_gguf_file_is_known() -> None:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    names = {"llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma2"} & GGUF_CONFIG_MAPPING.keys()
+    made = {key for name in (*names, "general") for key in GGUF_CONFIG_MAPPING[name].values() if key}
+    harmless = {key for keys in HARMLESS.values() for key in keys}
+    assert len(names) > 3 and {key for key in made if not key.startswith("_")} <= TYPES.keys() | harmless
 
 
 def test_a_value_that_the_class_has_by_itself_is_taken_and_another_is_not() -> None:
