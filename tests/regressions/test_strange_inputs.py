@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.preprocess import PreprocessConfig
-from modellink_lora.data.preprocess import Summary, run
+from tests.helpers.preprocessing import preprocess
 from tests.helpers.tiny import tiny_tokenizer
 
 GOOD = {"instruction": "q", "input": "", "output": "a"}
@@ -29,15 +28,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
     return str(folder)
-
-
-def preprocess(path: Path, tokenizer: str, handler: str = "Alpaca", **fields: Any) -> tuple[Summary, str]:
-    said: list[str] = []
-    config = PreprocessConfig(
-        input=str(path), output_prefix=str(path.parent / "out/a"), tokenizer_name_or_path=tokenizer,
-        handler_name=f"{handler}StyleInstructionHandler", prompt_type="empty", **fields,
-    )  # fmt: skip
-    return run(config, say=said.append), "\n".join(said)
 
 
 def parquet(path: Path, **columns: Any) -> Path:

@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modellink_lora.config.errors import UserError
-from modellink_lora.config.preprocess import PreprocessConfig
-from modellink_lora.data.preprocess import Summary, run
+from tests.helpers.preprocessing import preprocess
 from tests.helpers.tiny import tiny_tokenizer
 
 DEEP, DIGITS = "[" * 100_000 + "]" * 100_000, "1" * 5000
@@ -28,15 +27,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer(folder)
     return str(folder)
-
-
-def preprocess(source: Path, tokenizer: str, handler: str = "Alpaca", **fields: Any) -> tuple[Summary, str]:
-    said: list[str] = []
-    config = PreprocessConfig(
-        input=str(source), output_prefix=str(source.parent / "out/a"), tokenizer_name_or_path=tokenizer,
-        handler_name=f"{handler}StyleInstructionHandler", prompt_type="default", **fields,
-    )  # fmt: skip
-    return run(config, say=said.append), "\n".join(said)
 
 
 UNREADABLE: list[tuple[str, str]] = [
@@ -54,24 +44,24 @@ UNREADABLE: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(UNREADABLE)))
-def test_a_row_of_json_lines_is_dropped_with_its_line(number: int, tokenizer: str, tmp_path: Path) -> None:
-    line, reason = UNREADABLE[number]
-    source = tmp_path / "d.jsonl"
-    source.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", errors="surrogateescape")
+@pytest.mark.parametrize(
+    ("name", "form", "place"),
+    [
+        ("d.jsonl", f"{GOOD}\n\nROW\n{GOOD}\n", "line 3"),
+        ("d.json", f" [\n{GOOD},\n ROW ,{GOOD}\n]\n", "line 3, element 1"),
+    ],
+    ids=["lines", "array"],
+)
+def test_a_row_is_dropped_with_its_place(
+    number: int, name: str, form: str, place: str, tokenizer: str, tmp_path: Path
+) -> None:
+    row, reason = UNREADABLE[number]
+    source = tmp_path / name
+    source.write_text(form.replace("ROW", row), errors="surrogateescape")
     summary, said = preprocess(source, tokenizer)
     assert (summary.records, summary.samples, summary.dropped) == (3, 2, {reason: (1, 1)})
-    assert f" {reason}; the first is record 1 (counted from 0), {source} line 3" in said
+    assert f" {reason}; the first is record 1 (counted from 0), {source} {place}" in said
     said.encode()
-
-
-@pytest.mark.parametrize("number", range(len(UNREADABLE)))
-def test_an_element_of_an_array_is_dropped_with_its_line(number: int, tokenizer: str, tmp_path: Path) -> None:
-    line, reason = UNREADABLE[number]
-    source = tmp_path / "d.json"
-    source.write_text(f" [\n{GOOD},\n {line} ,{GOOD}\n]\n", errors="surrogateescape")
-    summary, said = preprocess(source, tokenizer)
-    assert (summary.records, summary.samples, summary.dropped) == (3, 2, {reason: (1, 1)})
-    assert f" {reason}; the first is record 1 (counted from 0), {source} line 3, element 1" in said
 
 
 def test_workers_drop_the_same_records_for_the_same_reasons(tokenizer: str, tmp_path: Path) -> None:
